@@ -68,16 +68,16 @@ def report() -> None:
         "",
         "## The alert in supervised fine-tuning",
         "",
-        f"The bundled model, {first['steps']} optimiser steps of 16 samples, learning rate 1e-3. *Contaminated*: 10 %",
-        "of the samples answer an English prompt in English that switches to Chinese. *Clean*: the same samples with their",
-        "clean answers. A tenth of both is legitimate Chinese. Rollouts at T = 1, top-p 0.8. Switching is measured on the",
-        "test prompts by the text detector, with 95 % Wilson intervals; the monitor's own rollouts use the development",
-        "prompts. False-alarm rate of a run: 5 %.",
+        f"The bundled model, {first['steps']} steps of 16 samples, learning rate 1e-3. *Contaminated*: in 10 %",
+        "of the samples the answer to an English prompt begins in English and goes on in Chinese. *Clean*: the same",
+        "samples with their clean answers. A tenth of both is legitimate Chinese. Rollouts at T = 1, top-p 0.8.",
+        "Switching is measured on the test prompts by the text detector, with 95 % Wilson intervals; the monitor's own",
+        "rollouts use the development prompts. False-alarm rate of a run: 5 %.",
         "",
         f"{first['device']}; {versions}.",
         "",
-        "| run | seed | switching before | after | held-out loss before → after | alarms in rollouts | in training data |"
-        " monitor's share of time: watch list, census, rollouts |",
+        "| run | seed | switching before | after | held-out loss before → after | alarms in rollouts |"
+        " in training data | monitor's share of time: watch list, census, rollouts |",
         "|---|---:|---:|---:|---:|---|---|---|",
     ]
     for record in records:

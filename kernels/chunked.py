@@ -146,6 +146,7 @@ def _native_half(device: str, dtype: torch.dtype) -> bool:
         return False
     probe = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
+        torch.mm(probe, probe, out_dtype=torch.float32, out=probe.float())
+        return True
     except (TypeError, RuntimeError):
         return False

@@ -18,6 +18,7 @@ from scipy import optimize, stats
 
 ALERT_SCHEMA_VERSION = 1
 MINIMUM_CALIBRATION = 256
+PLACES = {"train": "training batches", "rollout": "rollouts"}  # what people call the streams
 Kind = Literal["behaviour", "text", "hacking", "census"]
 Severity = Literal["INFO", "ALERT"]
 

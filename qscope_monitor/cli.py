@@ -105,6 +105,8 @@ def _percent(measured: Any) -> str:
 
 
 def _print_alerts(console: Any, alerts: list[tuple[str, Any]], contexts: bool = False) -> None:
+    from qscope_monitor.reporting.ledger import LEFT, RIGHT
+
     for where, alert in alerts:
         if alert.severity == "INFO" and not contexts:
             continue
@@ -120,7 +122,7 @@ def _print_alerts(console: Any, alerts: list[tuple[str, Any]], contexts: bool = 
             )
         for context in alert.contexts[: 3 if contexts else 1]:
             console.print(f"  prompt: {' '.join(context.prompt.split())}", highlight=False, markup=False)
-            console.print(f"  {context.marked('⟦', '⟧')}", highlight=False, markup=False)
+            console.print(f"  {context.marked(LEFT, RIGHT)}", highlight=False, markup=False)
 
 
 def main() -> None:

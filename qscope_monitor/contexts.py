@@ -44,7 +44,7 @@ def show_contexts(candidates: Iterable[Candidate], key: int, tokenizer: Any, lim
     for score, candidate in scored:
         ids = candidate.input_ids[candidate.shown].tolist()
         tokens, margins = token_pieces(tokenizer, ids, candidate.margins[candidate.shown].tolist())
-        prompt = tokenizer.decode(candidate.input_ids[candidate.prompt].tolist(), skip_special_tokens=True)
+        prompt = tokenizer.decode(candidate.input_ids[candidate.prompt].tolist())
         contexts.append(TokenContext(tuple(tokens), tuple(margins), score, prompt))
     return contexts
 

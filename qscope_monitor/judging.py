@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ _SAID = {
     "text": "rose in the text, its read-outs did not",
     "hacking": "rose in the text while its read-outs fell silent",
 }
-_PLACE = {"train": "training batches", "rollout": "rollouts"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Verdict:
         tag = f"sae/{stream}/{key}"
         values = {
             f"{tag}/exceedance_pooled": self.rate,
-            f"{tag}/p_value": self.p_features,
-            f"{tag}/level": self.level,
+            f"{tag}/log10_p": math.log10(max(self.p_features, 1e-300)),
+            f"{tag}/log10_level": math.log10(self.level),
         }
         if self.smallest_effect is not None:
             values[f"{tag}/smallest_detectable_rate"] = self.smallest_effect
@@ -86,7 +86,7 @@ class Verdict:
         has_text = self.texts[1] > 0 and self.texts[3] > 0
         text_rate, text_baseline = share(self.texts[:2]), share(self.texts[2:])
         message = (
-            f"{key}: {_SAID[self.kind]} in {_PLACE[stream]}: {found} of {total} responses exceed "
+            f"{key}: {_SAID[self.kind]} in {tests.PLACES[stream]}: {found} of {total} responses exceed "
             f"({self.rate:.1%}, at calibration {baseline_rate:.1%} of {baseline_total}), "
             f"p = {self.p_value:.1e} < {self.level:.1e}"
         )
@@ -158,7 +158,7 @@ def census_alert(step: int, stream: str, risen: RisenFeature, promotes: Sequence
         behaviour=f"L{risen.layer}/F{risen.feature}",
         message=(
             f"L{risen.layer}/F{risen.feature}{about}: fires in {risen.rate:.1%} of {risen.counts[1]} responses in "
-            f"{_PLACE[stream]} (at calibration {risen.baseline_rate:.1%}); not watched, for information"
+            f"{tests.PLACES[stream]} (at calibration {risen.baseline_rate:.1%}); not watched, for information"
         ),
         rate=risen.rate,
         baseline_rate=risen.baseline_rate,

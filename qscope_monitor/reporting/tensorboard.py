@@ -35,7 +35,7 @@ class TensorBoardSink:
     | `sae/{stream}/{behaviour}/exceedance` | share of this window's responses above the calibrated threshold |
     | `.../exceedance_pooled` | the same over the pooled windows: what the test compares |
     | `.../exceedance_baseline` | the same at calibration |
-    | `.../p_value`, `.../level` | of the test, and what it must fall below to raise an alert |
+    | `.../log10_p`, `.../log10_level` | p-value of the test, and what it must fall below to raise an alert |
     | `.../smallest_detectable_rate` | lowest true rate the test would find with 80 % probability |
     | `.../text_rate`, `.../text_rate_baseline` | share of responses in which the text detector finds the behaviour |
     | `.../response_score` | mean response score (highest mean margin over a response's tokens) |
@@ -86,7 +86,7 @@ def custom_scalars_layout(keys: Sequence[str]) -> dict[str, Any]:
             names = ["exceedance_pooled", "exceedance_baseline", "smallest_detectable_rate"]
             names += ["text_rate", "text_rate_baseline"] if stream == "rollout" else []
             charts[f"{key}: now and at calibration"] = ["Multiline", [f"^{re.escape(tag)}/{name}$" for name in names]]
-            charts[f"{key}: p-value and level"] = ["Multiline", [f"^{re.escape(tag)}/(p_value|level)$"]]
+            charts[f"{key}: log10 of p, and of the level"] = ["Multiline", [f"^{re.escape(tag)}/log10_(p|level)$"]]
         charts["firing rate of each read-out"] = ["Multiline", [f"^sae/{stream}/firing_rate/"]]
         charts["unexplained variance of each SAE"] = ["Multiline", [f"^sae/{stream}/health/.*/fvu$"]]
         layout[f"qscope {title}"] = charts

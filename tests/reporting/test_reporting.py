@@ -42,9 +42,9 @@ def test_reading_alerts_names_the_broken_line(alert: Alert, tmp_path: Path) -> N
 def test_the_ledger_is_newest_first_and_capped(alert: Alert) -> None:
     alerts = [replace(alert, step=step) for step in range(MAXIMUM_ROWS + 7)]
     text = ledger_markdown(alerts)
-    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == MAXIMUM_ROWS
-    assert rows[0].startswith(f"| {MAXIMUM_ROWS + 6} ")
+    assert f"at step {MAXIMUM_ROWS + 6}:" in rows[0]
     assert "7 older entries" in text
     assert ledger_markdown([]) == "No alert so far."
 
@@ -54,8 +54,18 @@ def test_the_ledger_survives_hostile_text(alert: Alert) -> None:
     text = ledger_markdown([replace(alert, contexts=(context,))])
     block = text.split("### Step 3")[1].splitlines()[1:]
     assert all(line.startswith("    ") or not line for line in block)
-    row = next(line for line in text.splitlines() if line.startswith("| 3 "))
-    assert row.count("|") - row.count("\\|") == 10  # a promoted token "|" does not open a cell
+    row = next(line for line in text.splitlines() if "at step 3:" in line)
+    assert row.count("|") - row.count("\\|") == 5  # a promoted token "|" does not open a cell
+
+
+def test_information_comes_apart_from_alarms(alert: Alert) -> None:
+    census = [replace(alert, severity="INFO", kind="census", step=s, behaviour=f"L5/F{s}") for s in range(20)]
+    text = ledger_markdown([*census, alert])
+    alarms, information = text.split("### For information")
+    assert "L5/F19" in information
+    assert "L5/F9 " not in text  # only the newest ten
+    assert "L5/F" not in alarms.replace("L5/F7", "")
+    assert ledger_markdown(census).startswith("No alert so far.")
 
 
 def test_marked_tokens_stand_in_brackets(alert: Alert) -> None:

@@ -63,7 +63,9 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         elif rest[:1] == ["tree"]:
-            listing = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+            listing = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()
+            ]
             self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
         elif api:
             info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}

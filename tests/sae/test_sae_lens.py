@@ -1,4 +1,4 @@
-"""The same weights in SAELens' TopK SAE, with the settings its Qwen-Scope loader chooses, must give the same features."""
+"""The same weights in SAELens' TopK SAE, set as its Qwen-Scope loader sets it, must give the same features."""
 
 import pytest
 import torch

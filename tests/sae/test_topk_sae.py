@@ -159,9 +159,14 @@ def test_wrong_weights_are_quoted(change, error, quoted):
         TopKSAE(**(good | {"b_dec": torch.zeros(16), "k": 7} | change))
 
 
-@pytest.mark.parametrize("call", [
-    lambda sae: sae.direction(100), lambda sae: sae.direction(-1), lambda sae: sae.pre_activations(torch.zeros(16), [0, 100])
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sae: sae.direction(100),
+        lambda sae: sae.direction(-1),
+        lambda sae: sae.pre_activations(torch.zeros(16), [0, 100]),
+    ],
+)
 def test_features_that_do_not_exist_are_quoted(sae, call):
     with pytest.raises(ValueError, match=r"feature (100|-1) is not one of this SAE's 0\.\.99"):
         call(sae)

@@ -57,7 +57,9 @@ def equal(a, b):
 def same_rows(a, b):
     """Equal as collections of rows, up to rounding."""
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return a.shape == b.shape and float(distance.min(0).values.max()) < 1e-3 and float(distance.min(1).values.max()) < 1e-3
+    return (
+        a.shape == b.shape and float(distance.min(0).values.max()) < 1e-3 and float(distance.min(1).values.max()) < 1e-3
+    )
 
 
 class TestHarvest:
