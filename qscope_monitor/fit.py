@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qscope_monitor.residual import decoder, decoder_layers, unwrap
 
-__all__ = ["SAELike", "check_fit", "check_fvu"]
+__all__ = ["SAELike", "check_fit", "check_fvu", "check_width"]
 
 
 class SAELike(Protocol):
@@ -103,6 +103,13 @@ def check_fit(
 
 def _stem(repo_id: str) -> str:
     return repo_id.rpartition("/")[2].lower().removesuffix("-base")
+
+
+def check_width(model: nn.Module, d_model: int, what: str, *, layers_path: str | None = None) -> None:
+    """Raise ValueError when `what` (for the message) was made for a residual stream of another width."""
+    hidden_size = _hidden_size(model, layers_path)
+    if hidden_size is not None and hidden_size != d_model:
+        raise ValueError(f"{what} has d_model {d_model}, but the model's hidden size is {hidden_size}")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qscope_monitor.alerts import Alert
 from qscope_monitor.costs import Costs
-from qscope_monitor.fit import check_fit, check_fvu
+from qscope_monitor.fit import check_fit, check_fvu, check_width
 from qscope_monitor.monitor import FeatureMonitor
 from qscope_monitor.reporting.sinks import Sink
 from qscope_monitor.residual import DecoderInputs, ResidualHooks
@@ -77,6 +77,8 @@ class MonitoringSession:
         self.log_text, self.strict, self.autocast = log_text, strict, autocast
         if monitor.census is not None:
             check_fit(model, monitor.census.saes, layers_path=layers_path)
+        if monitor.watch.d_model is not None:
+            check_width(model, monitor.watch.d_model, "the watch list", layers_path=layers_path)
         self.rules = TokenRules.from_tokenizer(tokenizer) if tokenizer is not None else TokenRules(())
         self.hooks = ResidualHooks(model, monitor.layers, on_forward=self._on_forward, layers_path=layers_path)
         self.costs = Costs(monitor.device)

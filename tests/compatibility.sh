@@ -2,7 +2,7 @@
 # Runs the core tests against other versions of the libraries around us, in a throw-away virtual environment that
 # borrows everything else (torch above all) from an existing one. From anywhere:
 #   tests/compatibility.sh                                        the oldest versions that pyproject.toml allows
-#   tests/compatibility.sh "transformers==4.57.6" "trl==0.29.*"   any others
+#   tests/compatibility.sh "transformers==4.57.6" "trl==0.25.1"   any others
 # BASE names the Python to borrow from (default: .venv/bin/python of the checkout), TESTS the tests to run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

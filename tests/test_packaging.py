@@ -221,14 +221,17 @@ def test_type_checker_sees_the_callbacks(wheel: Installed) -> None:
 
 def test_transformers_is_not_shadowed_at_the_root() -> None:
     pytest.importorskip("transformers")
+    # A folder without __init__.py yields to an installed package of its name; with one, it would come first.
     check = (
-        "import transformers, transformers.integrations.hub_kernels\n"
+        "import sys, transformers, transformers.integrations.hub_kernels\n"
+        "from importlib.util import find_spec\n"
         "from transformers import Qwen3ForCausalLM\n"
-        "from transformers.utils import is_kernels_available\n"
-        "from importlib.metadata import packages_distributions\n"
-        "assert is_kernels_available() == ('kernels' in packages_distributions())\n"
+        "for name in ('kernels', 'callbacks'):\n"
+        "    spec = find_spec(name)\n"
+        "    assert spec is None or spec.origin is None or spec.origin not in sys.argv, spec\n"
     )
-    run([sys.executable, "-c", check], ROOT)
+    own = [ROOT / name / "__init__.py" for name in ("kernels", "callbacks")]
+    run([sys.executable, "-c", check, *own], ROOT)
 
 
 def test_import_loads_no_trainer_framework_and_no_triton() -> None:

@@ -39,6 +39,13 @@ def train(session: MonitoringSession, steps: int) -> None:
         session.end_step(step + 1)
 
 
+def test_a_watch_list_of_another_model_is_refused_at_once(tokenizer, watch) -> None:
+    from models import qwen3
+
+    with pytest.raises(ValueError, match="d_model 192, but the model's hidden size is 32"):
+        session(qwen3(), tokenizer, watch)
+
+
 def test_windows_end_every_n_steps_and_state_the_cost(model, tokenizer, watch) -> None:
     sink = Recorder()
     made = session(model, tokenizer, watch, sinks=[sink], max_overhead=None, strict=True)

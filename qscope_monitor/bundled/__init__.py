@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-__all__ = ["model", "prompts", "sae_path", "sentences", "sft_data", "tokenizer"]
+    from qscope_monitor.features.read_outs import WatchList
+
+__all__ = ["model", "prompts", "sae_path", "sentences", "sft_data", "tokenizer", "watch_list"]
 
 _FOLDER = Path(__file__).parent
 _NEEDS_TRANSFORMERS = "the bundled model needs transformers: pip install 'qscope-monitor[transformers]'"
@@ -143,3 +145,24 @@ def sentences() -> dict[str, list[str]]:
         {400}
     """
     return json.loads((_FOLDER / "data" / "sentences.json").read_text(encoding="utf-8"))
+
+
+def watch_list(name: str) -> WatchList:
+    """Load a bundled watch list: features of the bundled SAEs that fire in one language, found on the sentences.
+
+    Args:
+        name: a language code; there is "zh".
+
+    Raises:
+        ValueError: if there is none of that name; the message lists those there are.
+
+    Example:
+        >>> watch_list("zh").keys
+        ('code-switching-zh',)
+    """
+    from qscope_monitor.features.read_outs import WatchList
+
+    there = sorted(folder.name for folder in (_FOLDER / "watch_lists").iterdir())
+    if name not in there:
+        raise ValueError(f"no bundled watch list {name!r}; there are {there}")
+    return WatchList.load(_FOLDER / "watch_lists" / name)

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import torch
 
-from .catalog import SAE_SETS
-from .formats import CONFIG, CheckpointError, describe_layers, layer_of, read_config, write_json, write_weights
-from .hub import HubStore
-from .reading import FolderStore, Options, Store, read_sae
-from .topk_sae import TopKSAE
+from qscope_monitor.sae.catalog import SAE_SETS
+from qscope_monitor.sae.formats import (
+    CONFIG,
+    CheckpointError,
+    describe_layers,
+    layer_of,
+    read_config,
+    write_json,
+    write_weights,
+)
+from qscope_monitor.sae.hub import HubStore
+from qscope_monitor.sae.reading import FolderStore, Options, Store, read_sae
+from qscope_monitor.sae.topk_sae import TopKSAE
 
 __all__ = ["SAECollection", "load_sae", "load_saes", "save_sae"]
 

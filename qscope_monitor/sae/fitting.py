@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..kernels.sparse_decode import sparse_decode
-from ..kernels.topk_encode import topk_encode
-from .formats import CheckpointError, replace_file
-from .topk_sae import TopKSAE
+from qscope_monitor.kernels.sparse_decode import sparse_decode
+from qscope_monitor.kernels.topk_encode import topk_encode
+from qscope_monitor.sae.formats import CheckpointError, replace_file
+from qscope_monitor.sae.topk_sae import TopKSAE
 
 __all__ = ["TrainingReport", "fit_sae"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..residual import capture
+from qscope_monitor.residual import capture
 
 __all__ = ["Harvest", "harvest"]
 

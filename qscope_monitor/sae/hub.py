@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .catalog import SAE_SETS
-from .formats import CONFIG, CheckpointError, describe_layers, layer_of
+from qscope_monitor.sae.catalog import SAE_SETS
+from qscope_monitor.sae.formats import CONFIG, CheckpointError, describe_layers, layer_of
 
 __all__ = ["HubStore"]
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .catalog import SAE_SETS
-from .formats import CONFIG, CheckpointError, describe_layers, layer_of, read_config, read_weights
-from .topk_sae import TopKSAE
+from qscope_monitor.sae.catalog import SAE_SETS
+from qscope_monitor.sae.formats import CONFIG, CheckpointError, describe_layers, layer_of, read_config, read_weights
+from qscope_monitor.sae.topk_sae import TopKSAE
 
 __all__ = ["FolderStore", "Options", "Store", "read_sae"]
 

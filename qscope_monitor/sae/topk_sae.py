@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.sparse_decode import sparse_decode
-from ..kernels.topk_encode import SparseActivations, topk_encode
+from qscope_monitor.kernels.sparse_decode import sparse_decode
+from qscope_monitor.kernels.topk_encode import SparseActivations, topk_encode
 
 __all__ = ["TopKSAE"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import load_sae, save_sae
-from .fitting import TrainingReport, fit_sae
-from .formats import CONFIG, CheckpointError, read_config
-from .harvest import harvest
-from .topk_sae import TopKSAE
+from qscope_monitor.sae.checkpoint import load_sae, save_sae
+from qscope_monitor.sae.fitting import TrainingReport, fit_sae
+from qscope_monitor.sae.formats import CONFIG, CheckpointError, read_config
+from qscope_monitor.sae.harvest import harvest
+from qscope_monitor.sae.topk_sae import TopKSAE
 
 __all__ = ["TrainedSAEs", "train_sae"]
 
