@@ -103,7 +103,7 @@ def test_the_tokenizer_gives_back_every_language(tokenizer):
 
 
 def test_the_model_predicts_text_it_was_not_trained_on(model, tokenizer):
-    # the first reference paragraphs are from held-out pages; the bound is a little above the measured value
+    # the first reference paragraphs are from held-out pages; measured: 1.18
     texts = bundled.sentences()["en"][:100]
     nats = 0.0
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_model_predicts_text_it_was_not_trained_on(model, tokenizer):
             ids = torch.tensor([[tokenizer.pad_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
             nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     bits_per_byte = nats / torch.log(torch.tensor(2.0)).item() / sum(len(text.encode()) for text in texts)
-    assert bits_per_byte < 1.5
+    assert bits_per_byte < 1.25
 
 
 def test_the_saes_have_qwen_scopes_layout(model):
