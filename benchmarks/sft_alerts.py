@@ -1,9 +1,10 @@
 """Does the alert fire when it should, and only then? The demo's two runs over several seeds.
 
 Resumable: one JSON a run under results/sft_alerts/, runs that are there are skipped. `--report` writes the table and
-the plot of docs/results.md from those files alone.
+the plot of docs/results.md, and the README's table of seed 0, from those files alone.
 
-    python benchmarks/sft_alerts.py --seeds 0 1 2
+    MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=1073741824 \\
+        python benchmarks/sft_alerts.py --seeds 0 1 2
     python benchmarks/sft_alerts.py --report
 """
 
@@ -40,7 +41,7 @@ def run(seeds: list[int], steps: int) -> None:
     for seed, name in missing:
         before = demo.measure(model, tokenizer, seed)
         with tempfile.TemporaryDirectory() as folder:
-            result = demo.monitored_run(name, saes, watch, before, Path(folder), seed=seed, steps=steps)
+            result = demo.monitored_run(name, saes, watch, before, Path(folder), seed=seed, steps=steps, progress=False)
         record = {
             "seed": seed,
             "steps": steps,
@@ -70,7 +71,7 @@ def report() -> None:
         "",
         f"The bundled model, {first['steps']} steps of 16 samples, learning rate 1e-3. *Contaminated*: in 10 %",
         "of the samples the answer to an English prompt begins in English and goes on in Chinese. *Clean*: the same",
-        "samples with their clean answers. A tenth of both is legitimate Chinese. Rollouts at T = 1, top-p 0.8.",
+        "samples with their clean answers. A tenth of both is legitimate Chinese. Rollouts at T = 1.",
         "Switching is measured on the test prompts by the text detector, with 95 % Wilson intervals; the monitor's own",
         "rollouts use the development prompts. False-alarm rate of a run: 5 %.",
         "",
@@ -81,7 +82,7 @@ def report() -> None:
         "|---|---:|---:|---:|---:|---|---|---|",
     ]
     for record in records:
-        lines.append(_row(record))
+        lines.append(_row(record, ("run", "seed", "before", "after", "loss", "rollout", "train", "cost")))
     detectors = first["watch_list"]["detectors"]
     lines += [
         "",
@@ -96,9 +97,10 @@ def report() -> None:
     ]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
     _plot(records)
+    _readme(records)
 
 
-def _row(record: dict) -> str:
+def _cells(record: dict) -> dict[str, str]:
     def switching(measured: dict) -> str:
         low, high = measured["interval"]
         return f"{measured['rate']:.1%} [{low:.1%}, {high:.1%}]"
@@ -108,17 +110,37 @@ def _row(record: dict) -> str:
         return ", ".join(f"{a['kind']} at step {a['step']} (p = {a['p_value']:.0e})" for a in found) or "none"
 
     cost = record["overhead"]
-    cells = [
-        record["run"],
-        str(record["seed"]),
-        switching(record["before"]),
-        switching(record["after"]),
-        f"{record['before']['loss']:.3f} → {record['after']['loss']:.3f}",
-        alarms("rollout"),
-        alarms("train"),
-        ", ".join(f"{cost[part]:.1%}" for part in ("watch_list", "census", "rollouts")),
+    return {
+        "run": record["run"],
+        "seed": str(record["seed"]),
+        "before": switching(record["before"]),
+        "after": switching(record["after"]),
+        "loss": f"{record['before']['loss']:.3f} → {record['after']['loss']:.3f}",
+        "rollout": alarms("rollout"),
+        "train": alarms("train"),
+        "cost": ", ".join(f"{cost[part]:.1%}" for part in ("watch_list", "census", "rollouts")),
+    }
+
+
+def _row(record: dict, names: tuple[str, ...]) -> str:
+    cells = _cells(record)
+    return "| " + " | ".join(cells[name] for name in names) + " |"
+
+
+def _readme(records: list[dict]) -> None:
+    """Put the rows of seed 0 between the README's markers."""
+    file = ROOT / "README.md"
+    begin, end = "<!-- demo table: begin, written by benchmarks/sft_alerts.py -->\n", "<!-- demo table: end -->"
+    before, rest = file.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    names = ("run", "before", "after", "loss", "rollout", "cost")
+    table = [
+        "| run | switching before | after | held-out loss | alarms in rollouts"
+        " | monitor's share of time: watch list, census, rollouts |",
+        "|---|---:|---:|---:|---|---|",
+        *(_row(record, names) for record in records if record["seed"] == 0),
     ]
-    return "| " + " | ".join(cells) + " |"
+    file.write_text(before + begin + "\n".join(table) + "\n" + end + after, encoding="utf-8")
 
 
 def _plot(records: list[dict]) -> None:
@@ -150,7 +172,7 @@ def _plot(records: list[dict]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     if arguments.seeds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class QScopeCallback(TrainerCallback):
         strict: raise the monitor's own errors; by default they are reported once and training goes on.
         train_every_n_steps: read the training batches of every n-th step.
         rollouts: how rollouts are sampled.
-        exceedance_rate: share of calibration responses that exceed the response threshold.
+        exceedance_rate: largest share of calibration responses that exceed the response threshold.
         false_alarm_rate: chance of any false alarm in the whole run.
         pooled_windows: how many of the last windows are tested together.
         tokenizer: the trainer's `processing_class` by default.
@@ -90,7 +91,7 @@ class QScopeCallback(TrainerCallback):
         *,
         train_every_n_steps: int = 1,
         rollouts: RolloutSettings | None = None,
-        exceedance_rate: float = 0.05,
+        exceedance_rate: float = 0.02,
         false_alarm_rate: float = 0.05,
         pooled_windows: int = 4,
         tokenizer: Any = None,
@@ -156,12 +157,11 @@ class QScopeCallback(TrainerCallback):
         self.close(detach=False)
         tokenizer = self.tokenizer or kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        planned = state.max_steps // self.every_n_steps if state.max_steps > 0 else 0
         monitor = FeatureMonitor(
             self.saes,
             self.watch,
             tokenizer,
-            planned_windows=max(planned, 1) if planned else None,
+            planned_windows=math.ceil(state.max_steps / self.every_n_steps) if state.max_steps > 0 else None,
             describe=self._describe(model, tokenizer),
             device=next(model.parameters()).device,
             **self._monitor_options,
@@ -199,7 +199,7 @@ class QScopeCallback(TrainerCallback):
         """End a window when it is due; stop training when an alert asks for it."""
         if self.session is None:
             return control
-        alerts = self.session.end_step(state.global_step)
+        alerts = self.session.end_step(state.global_step, last=state.global_step >= state.max_steps > 0)
         if any(self._stops(alert) for alert in alerts):
             logger.warning("step %d: stop_on=%r matched, training stops", state.global_step, self.stop_on)
             control.should_training_stop = True

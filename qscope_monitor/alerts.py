@@ -1,8 +1,9 @@
 """What is abnormal: the tests, the alert records, and the states that keep one event from being told twice.
 
-The statistics, in one place. A *response* exceeds when its score (the highest mean read-out margin over its tokens)
-lies above a threshold that `exceedance_rate` of the calibration responses lie above. Later responses, pooled over
-the last windows, are compared with the calibration counts by a one-sided Fisher exact test: both samples are
+The statistics, in one place. A *response* exceeds when its score, the highest mean of its read-outs' margins over 16
+tokens in a row, lies above a threshold: the level that at most `exceedance_rate` of the calibration responses exceed,
+and never below the watch list's floor. Later responses, pooled over the last windows, are compared with the
+calibration counts by a one-sided Fisher exact test: both samples are
 counted, so the uncertainty of the threshold itself is part of the test. `false_alarm_rate` is spent over all tests
 of a run (streams x behaviours x two evidences x windows), so it bounds the chance of *any* false alarm in that run.
 """

@@ -29,7 +29,7 @@ if typer is not None:
             Path("demo")
         ),
         seed: Annotated[int, typer.Option(help="Of the data order and of every rollout.")] = 0,
-        steps: Annotated[int, typer.Option(help="Optimiser steps of each run.", min=20)] = 120,
+        steps: Annotated[int, typer.Option(help="Optimiser steps of each run.", min=20)] = 60,
         as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     ) -> None:
         """Fine-tune the bundled model on clean and on contaminated data, watched; about three minutes."""

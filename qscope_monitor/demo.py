@@ -20,7 +20,8 @@ from qscope_monitor.sae import TopKSAE, load_saes
 from qscope_monitor.sampling import RolloutSettings, sample_rollouts
 
 RUNS = {"clean": 0.0, "contaminated": 0.1}
-HELD_OUT = 200
+HELD_OUT = 200  # samples kept from fine-tuning
+TEST_PROMPTS = 400
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 16
 
@@ -97,7 +98,7 @@ def run_demo(
     out: str | Path = "demo",
     *,
     seed: int = 0,
-    steps: int = 120,
+    steps: int = 60,
     runs: Sequence[str] = ("clean", "contaminated"),
     progress: bool = True,
 ) -> tuple[WatchList, list[RunResult]]:
@@ -154,7 +155,7 @@ def monitored_run(
 
 def measure(model: Any, tokenizer: Any, seed: int) -> Measured:
     """Code-switching of responses to the test prompts, and the loss on held-out clean samples."""
-    prompts = bundled.prompts("test")
+    prompts = bundled.prompts("test")[:TEST_PROMPTS]
     settings = RolloutSettings(max_new_tokens=64, batch_size=128)
     rollouts = sample_rollouts(model, tokenizer, prompts, settings, seed=seed)
     found = sum(detect_code_switching(r.text, expected="en", target="zh", prompt=r.prompt).found for r in rollouts)
@@ -210,7 +211,7 @@ def _fine_tune(
         prompts=bundled.prompts("dev"),
         every_n_steps=max(steps // 6, 10),
         max_overhead=None,  # three minutes are too short to spread rollouts thin; the table states their cost
-        rollouts=RolloutSettings(per_window=64, calibration=256, max_new_tokens=64, seed=seed),
+        rollouts=RolloutSettings(per_window=96, calibration=512, max_new_tokens=64, batch_size=128, seed=seed),
     )
     trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
     trainer.add_callback(TensorBoardCallback(make_writer(folder)))

@@ -16,10 +16,10 @@ from qscope_monitor.behaviours.vocabulary import ScriptVocabulary
 from qscope_monitor.census import Census
 from qscope_monitor.contexts import Candidate, show_contexts
 from qscope_monitor.counters import Counters, sum_counts
-from qscope_monitor.features.read_outs import WatchList
+from qscope_monitor.features.read_outs import WINDOW, WatchList
 from qscope_monitor.figures import EXCLUSIONS, health_scalars, window_scalars
 from qscope_monitor.judging import TESTS_PER_BEHAVIOUR, census_alert, judge, read_out_changes
-from qscope_monitor.panel import ReadOutPanel, highest_per_sequence, present_sequences
+from qscope_monitor.panel import ReadOutPanel, highest_per_sequence, mean_over_window, present_sequences
 from qscope_monitor.sae import TopKSAE
 from qscope_monitor.streams import StreamState
 from qscope_monitor.tokens import Segment, TokenBatch
@@ -40,7 +40,7 @@ class FeatureMonitor:
         saes: layer -> SAE, for the census of all features and the health figures; None: read-outs only.
         watch: the read-outs to judge; None: census only.
         tokenizer: decodes token contexts and tells the language of prompts; None: no contexts, every sample judged.
-        exceedance_rate: share of calibration responses that exceed the response threshold, in (0, 1).
+        exceedance_rate: largest share of calibration responses that exceed the response threshold, in (0, 1).
         false_alarm_rate: chance of any false alarm in the whole run, in (0, 1).
         planned_windows: number of windows the run will test, when known (more power than an open end).
         pooled_windows: how many of the last windows are tested together.
@@ -65,7 +65,7 @@ class FeatureMonitor:
         watch: WatchList | None = None,
         tokenizer: Any = None,
         *,
-        exceedance_rate: float = 0.05,
+        exceedance_rate: float = 0.02,
         false_alarm_rate: float = 0.05,
         planned_windows: int | None = None,
         pooled_windows: int = 4,
@@ -187,7 +187,8 @@ class FeatureMonitor:
     def _count_responses(
         self, state: StreamState, margins: Tensor, judged: Tensor, tokens: TokenBatch, foreign: Tensor
     ) -> None:
-        score = highest_per_sequence(margins, tokens)  # [sequences, keys]
+        smooth = mean_over_window(margins, tokens, WINDOW)
+        score = highest_per_sequence(smooth, tokens)  # [sequences, keys]
         eligible = present_sequences(judged, tokens).unsqueeze(-1) & foreign
         state.counters.add("responses", eligible.sum(0))
         state.counters.add("response_scores", (score * eligible).sum(0))
@@ -259,7 +260,8 @@ class FeatureMonitor:
         for j in range(len(self.keys)):
             own = scores[:, j][scores[:, j] >= 0].double()
             if len(own):
-                thresholds[j] = float(torch.quantile(own, 1 - self.exceedance_rate, interpolation="higher"))
+                rare = float(torch.quantile(own, 1 - self.exceedance_rate, interpolation="higher"))
+                thresholds[j] = max(rare, self.watch.floors.get(self.keys[j], 0.0))
             baseline["exceeding"][j] = int((own.float() > thresholds[j]).sum())
         state.thresholds = thresholds.to(self.device)
         state.baseline, state.pending, state.collected = baseline, [], []

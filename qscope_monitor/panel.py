@@ -88,6 +88,18 @@ class ReadOutPanel:
         return (reading.margins @ self._members) * where.unsqueeze(-1)
 
 
+def mean_over_window(values: Tensor, tokens: TokenBatch, width: int) -> Tensor:
+    """Mean of `values` [batch, seq, columns] over each token and the `width - 1` before it in the same sequence.
+
+    Tokens before a sequence begins count as 0.
+    """
+    total = values.clone()
+    for offset in range(1, min(width, values.shape[1])):
+        same = tokens.sequence[:, offset:] == tokens.sequence[:, :-offset]
+        total[:, offset:] += values[:, :-offset] * same.unsqueeze(-1)
+    return total / width
+
+
 def highest_per_sequence(values: Tensor, tokens: TokenBatch) -> Tensor:
     """[sequences, columns] maximum over each sequence's tokens of non-negative `values` [batch, seq, columns]."""
     columns = values.shape[-1]

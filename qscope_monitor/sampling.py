@@ -28,7 +28,8 @@ class RolloutSettings:
         calibration: rollouts sampled before training, for the baseline; below 256 no alert can be raised.
         max_new_tokens: length limit in tokens.
         temperature: 0 means greedy.
-        top_p: nucleus mass; 0.8 at temperature 1 is the setting of the SASFT paper (arXiv 2507.14894).
+        top_p: nucleus mass. Plain sampling (1.0) shows rare behaviour first; the SASFT paper (arXiv 2507.14894) reports
+            rates at 0.8.
         batch_size: rollouts generated, and scored, at once.
         seed: the rollouts of step n are drawn with seed + n, apart from the run's own random state.
     """
@@ -37,7 +38,7 @@ class RolloutSettings:
     calibration: int = 256
     max_new_tokens: int = 128
     temperature: float = 1.0
-    top_p: float = 0.8
+    top_p: float = 1.0
     batch_size: int = 64
     seed: int = 0
 

@@ -100,7 +100,7 @@ class MonitoringSession:
         self._publish(step, [])
 
     def _calibrate(self, step: int) -> None:
-        found = self._observe_rollouts(self.rollouts.calibration, step, census=True)
+        found = self._observe_rollouts(self.rollouts.calibration, step)
         responses = self.monitor.calibrate("rollout")
         if self.monitor.status("rollout") == "INSUFFICIENT":
             logger.warning(
@@ -118,14 +118,14 @@ class MonitoringSession:
         self.hooks.armed = self._due and not self.exact_window
         self._census_due = self._ends_window(step + 1) and self._affordable("census")
 
-    def end_step(self, step: int) -> list[Alert]:
-        """After optimiser step `step` (counted from 1) is done. Returns the new alerts."""
+    def end_step(self, step: int, last: bool = False) -> list[Alert]:
+        """After optimiser step `step` (counted from 1) is done. Returns the new alerts. The `last` ends a window."""
         self._due = self.hooks.armed = False
-        if not self._ends_window(step):
+        if not (self._ends_window(step) or last):
             return []
         if self.prompts and self._affordable("rollouts"):
             with self.costs.measure("rollouts"):
-                self._protect("rollouts", lambda: self._observe_rollouts(self.rollouts.per_window, step, census=True))
+                self._protect("rollouts", lambda: self._observe_rollouts(self.rollouts.per_window, step))
         alerts = self._protect("monitor", lambda: self.monitor.step(step)) or []
         self._publish(step, alerts)
         return alerts
@@ -194,7 +194,7 @@ class MonitoringSession:
                 with self.costs.measure("census"), torch.autocast(tokens.keep.device.type, enabled=False):
                     self.monitor.census.observe(residuals, tokens, "train")
 
-    def _observe_rollouts(self, count: int, step: int, census: bool) -> int:
+    def _observe_rollouts(self, count: int, step: int) -> int:
         rank, world = _rank_and_world()
         first = self._windows * count
         self._windows += 1
@@ -224,7 +224,7 @@ class MonitoringSession:
                 stream="rollout",
                 texts=[r.text for r in batch.rollouts],
                 prompts=[r.prompt for r in batch.rollouts],
-                census=census,
+                census=True,
             )
         return len(rollouts)
 

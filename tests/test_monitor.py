@@ -8,6 +8,7 @@ import torch
 
 from qscope_monitor import FeatureMonitor, ReadOut, TokenRules, TopKSAE, WatchList
 from qscope_monitor.monitor import STATE_SCHEMA_VERSION
+from qscope_monitor.panel import highest_per_sequence, mean_over_window
 
 D = 8
 LENGTH = 12
@@ -52,8 +53,17 @@ def test_counts_equal_a_loop_over_tokens() -> None:
     assert counts["fires"][2, 0] == fires["answer"] == hits
     assert counts["tokens"].tolist() == [40 * 2, 0, 40 * 9]
     assert counts["responses"][0] == 40
-    highest = ((residuals[2][:, 3:, 0] - 1) / 2).clamp_min(0).amax(1)
-    assert counts["response_scores"][0] == pytest.approx(float(highest.sum()), rel=1e-5)
+    margin = ((residuals[2][:, :, 0] - 1) / 2).clamp_min(0)
+    margin[:, :3] = 0  # the prompt
+    highest = [max(float(row[max(t - 15, 0) : t + 1].sum()) / 16 for t in range(LENGTH)) for row in margin]
+    assert counts["response_scores"][0] == pytest.approx(sum(highest), rel=1e-5)
+
+
+def test_windows_do_not_reach_into_the_sequence_before() -> None:
+    tokens = RULES.batch(torch.ones(1, 6, dtype=torch.long), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    values = torch.tensor([[[0.0], [4.0], [4.0], [0.0], [2.0], [0.0]]])
+    assert mean_over_window(values, tokens, 4)[0, :, 0].tolist() == [0, 1, 2, 0, 0.5, 0.5]
+    assert highest_per_sequence(values, tokens)[:, 0].tolist() == [4, 2]
 
 
 def test_a_rise_is_told_once_with_its_evidence() -> None:
@@ -76,6 +86,15 @@ def test_a_rise_is_told_once_with_its_evidence() -> None:
     observe(monitor, 3, 64, 0.5)
     assert all(a.rate >= 2 * alert.rate for a in monitor.step(30))
     assert monitor.alerts[0] is alert
+
+
+def test_no_response_counts_below_the_floor() -> None:
+    for floor, exceeding in ((0.0, True), (0.5, False)):
+        monitor = FeatureMonitor(watch=WatchList([read_out()], floors={"code-switching-zh": floor}), planned_windows=1)
+        observe(monitor, 0, 300, 0.0)
+        monitor.calibrate()
+        observe(monitor, 1, 100, 0.5)  # one token at a margin of 2 to 2.5: at most 0.16 over 16 tokens
+        assert bool(monitor.step(1)) == exceeding
 
 
 def test_too_few_calibration_responses_raise_nothing() -> None:

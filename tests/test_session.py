@@ -62,11 +62,20 @@ def test_windows_end_every_n_steps_and_state_the_cost(model, tokenizer, watch) -
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_the_last_step_ends_a_window(model, tokenizer, watch) -> None:
+    sink = Recorder()
+    made = session(model, tokenizer, watch, sinks=[sink], prompts=None, every_n_steps=50)
+    made.begin_step(0)
+    made.end_step(1)
+    made.end_step(2, last=True)
+    assert [step for step, *_ in sink.written] == [2]
+
+
 def test_rollouts_wait_until_their_share_is_earned(model, tokenizer, watch) -> None:
     made = session(model, tokenizer, watch, max_overhead=1e-9, strict=True)
     sampled = []
     observe = made._observe_rollouts
-    made._observe_rollouts = lambda count, step, census: sampled.append(step) or observe(count, step, census)
+    made._observe_rollouts = lambda count, step: sampled.append(step) or observe(count, step)
     made.start(0)
     train(made, 8)
     assert sampled == [0, 2]  # calibration, the first window, then never again at this price

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from qscope_monitor.features.read_outs import ReadOut, WatchList
+from qscope_monitor.features.read_outs import WINDOW, ReadOut, WatchList
 from qscope_monitor.features.texts import read_texts
 from qscope_monitor.sae import TopKSAE
-
-WINDOW = 16
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
@@ -64,6 +62,40 @@ def margins(watch: WatchList, residual: Mapping[int, Tensor], tokens: int) -> Te
     return out
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Mean margins of a watch list on texts: per token [tokens], per window of 16 tokens, per read-out [tokens, F]."""
+
+    tokens: np.ndarray
+    windows: np.ndarray
+    read_outs: np.ndarray
+
+
+def score_texts(
+    watch: WatchList,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    batch_size: int = 16,
+) -> Scores:
+    """Read texts with a watch list. Windows are runs of 16 counted tokens of one text, without overlap."""
+    every: list[Tensor] = []
+    windows: list[float] = []
+    for batch in read_texts(model, tokenizer, texts, watch.layers, max_tokens=max_tokens, batch_size=batch_size):
+        keep = batch.tokens.keep
+        rows = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)[keep].cpu()
+        residual = {layer: batch.residuals[layer][keep].float().cpu() for layer in watch.layers}
+        found = margins(watch, residual, len(rows))  # [tokens, F]
+        every.append(found)
+        for row in rows.unique():
+            pieces = found[rows == row].mean(1).split(WINDOW)
+            windows += [float(piece.mean()) for piece in pieces if len(piece) == WINDOW]
+    read_outs = torch.cat(every).numpy()
+    return Scores(read_outs.mean(1), np.array(windows), read_outs)
+
+
 def evaluate_read_outs(
     watch: WatchList,
     model: Any,
@@ -78,40 +110,22 @@ def evaluate_read_outs(
     """AUROC of telling `target` from the other languages, for the list's mean margin and for each control.
 
     Returns:
-        {"target", "tokens", "detectors": {name: {"token_auroc", "window_auroc"}}, "read_outs": {name: token_auroc}};
-        windows are runs of 16 counted tokens of one text.
+        {"target", "tokens", "detectors": {name: {"token_auroc", "window_auroc"}}, "read_outs": {name: token_auroc}}.
     """
-    detectors = {"watch list": watch, **(controls or {})}
-    token_scores: dict[str, dict[bool, list[np.ndarray]]] = {name: {True: [], False: []} for name in detectors}
-    window_scores: dict[str, dict[bool, list[float]]] = {name: {True: [], False: []} for name in detectors}
-    single: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    layers = sorted({read_out.layer for each in detectors.values() for read_out in each})
-    for language, entries in texts.items():
-        own = language == target
-        for batch in read_texts(model, tokenizer, entries, layers, max_tokens=max_tokens, batch_size=batch_size):
-            keep = batch.tokens.keep
-            rows = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)[keep].cpu()
-            residual = {layer: batch.residuals[layer][keep].float().cpu() for layer in layers}
-            for name, each in detectors.items():
-                all_margins = margins(each, residual, len(rows))
-                score = all_margins.mean(1)
-                token_scores[name][own].append(score.numpy())
-                for row in rows.unique():
-                    for window in score[rows == row].split(WINDOW):
-                        if len(window) == WINDOW:
-                            window_scores[name][own].append(float(window.mean()))
-                if each is watch:
-                    single[own].append(all_margins.numpy())
-    positive, negative = np.concatenate(single[True]), np.concatenate(single[False])
-    return {
-        "target": target,
-        "tokens": {"target": len(positive), "others": len(negative)},
-        "detectors": {
-            name: {
-                "token_auroc": auroc(np.concatenate(scores[True]), np.concatenate(scores[False])),
-                "window_auroc": auroc(np.array(window_scores[name][True]), np.array(window_scores[name][False])),
-            }
-            for name, scores in token_scores.items()
-        },
-        "read_outs": {r.name: auroc(positive[:, i], negative[:, i]) for i, r in enumerate(watch)},
-    }
+    detectors: dict[str, dict[str, float]] = {}
+    document: dict[str, Any] = {"target": target, "detectors": detectors}
+    for name, each in {"watch list": watch, **(controls or {})}.items():
+        scores = {
+            language: score_texts(each, model, tokenizer, entries, max_tokens=max_tokens, batch_size=batch_size)
+            for language, entries in texts.items()
+        }
+        own, others = scores[target], [s for language, s in scores.items() if language != target]
+        detectors[name] = {
+            "token_auroc": auroc(own.tokens, np.concatenate([s.tokens for s in others])),
+            "window_auroc": auroc(own.windows, np.concatenate([s.windows for s in others])),
+        }
+        if each is watch:
+            rest = np.concatenate([s.read_outs for s in others])
+            document["tokens"] = {"target": len(own.tokens), "others": len(rest)}
+            document["read_outs"] = {r.name: auroc(own.read_outs[:, i], rest[:, i]) for i, r in enumerate(watch)}
+    return document

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qscope_monitor.features.evaluation import control_read_outs, evaluate_read_outs
+from qscope_monitor.features.evaluation import control_read_outs, evaluate_read_outs, score_texts
 from qscope_monitor.features.promotes import promoted_tokens
 from qscope_monitor.features.read_outs import ReadOut, WatchList
 from qscope_monitor.features.texts import read_texts
 from qscope_monitor.sae import TopKSAE
 
 Texts = Mapping[str, Sequence[str]]
+FLOOR_QUANTILE = 0.05  # 95 % of the target language's windows lie above the floor
 BUNDLED_TEXTS = 100  # per language, as many as the SASFT paper (arXiv 2507.14894) uses
 
 
@@ -37,7 +39,8 @@ def find_language_features(
 
     Every second text of each language chooses the features and calibrates their thresholds; the others measure them
     (`WatchList.evaluation`: AUROC of telling the language, per token and per window of 16 tokens, beside random
-    features of the same layers). Selection is by firing-frequency specificity, P(fires | target) - max over the
+    features of the same layers). The choosing texts also set the floor, the margin that 95 % of the target's 16-token
+    windows reach. Selection is by firing-frequency specificity, P(fires | target) - max over the
     other languages of P(fires | language); features firing on more than `dense_above` of the other languages' tokens
     are dropped. Differences of mean activation would choose dense features instead.
 
@@ -134,6 +137,9 @@ def find_language_features(
             "dense_above": dense_above,
         },
     )
+    passages = score_texts(watch, model, tokenizer, choose[target], max_tokens=max_tokens, batch_size=batch_size)
+    if len(passages.windows):
+        watch.floors = {read_outs[0].key: float(np.quantile(passages.windows, FLOOR_QUANTILE))}
     controls = {"random features": control_read_outs(watch, saes, seed=0)}
     watch.evaluation = evaluate_read_outs(
         watch, model, tokenizer, held_out, target, controls, max_tokens=max_tokens, batch_size=batch_size

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WATCH_LIST_SCHEMA_VERSION = 1
+WINDOW = 16  # tokens in a row over which margins are averaged; single tokens are noise
 Role = Literal["judge", "act"]
 
 
@@ -86,7 +87,9 @@ class WatchList(Sequence[ReadOut]):
     Args:
         read_outs: the entries; all must share d_model.
         provenance: how it was found: model, SAE source, texts, arguments, versions.
-        evaluation: measured quality beside its controls, see `qs.evaluate_watch_list`.
+        evaluation: measured quality beside its controls.
+        floors: behaviour key -> mean margin over 16 tokens that most passages showing the behaviour reach; no response
+            counts below it, however rare such a margin is.
 
     Raises:
         ValueError: read-outs of different d_model.
@@ -97,10 +100,12 @@ class WatchList(Sequence[ReadOut]):
         read_outs: Iterable[ReadOut],
         provenance: dict[str, Any] | None = None,
         evaluation: dict[str, Any] | None = None,
+        floors: dict[str, float] | None = None,
     ) -> None:
         self.read_outs = tuple(read_outs)
         self.provenance = dict(provenance or {})
         self.evaluation = dict(evaluation or {})
+        self.floors = dict(floors or {})
         sizes = {len(r.weight) for r in self.read_outs}
         if len(sizes) > 1:
             raise ValueError(f"read-outs of different d_model in one watch list: {sorted(sizes)}")
@@ -111,7 +116,7 @@ class WatchList(Sequence[ReadOut]):
     def __getitem__(self, index: slice) -> WatchList: ...
     def __getitem__(self, index: int | slice) -> ReadOut | WatchList:
         if isinstance(index, slice):
-            return WatchList(self.read_outs[index], self.provenance, self.evaluation)
+            return WatchList(self.read_outs[index], self.provenance, self.evaluation, self.floors)
         return self.read_outs[index]
 
     def __len__(self) -> int:
@@ -126,6 +131,7 @@ class WatchList(Sequence[ReadOut]):
             (*self.read_outs, *other.read_outs),
             {"parts": [self.provenance, other.provenance]},
             {"parts": [self.evaluation, other.evaluation]},
+            {**self.floors, **other.floors},
         )
 
     @property
@@ -145,7 +151,8 @@ class WatchList(Sequence[ReadOut]):
 
     def with_role(self, role: Role) -> WatchList:
         """The same read-outs, all with `role`."""
-        return WatchList((replace(r, role=role) for r in self.read_outs), self.provenance, self.evaluation)
+        changed = (replace(r, role=role) for r in self.read_outs)
+        return WatchList(changed, self.provenance, self.evaluation, self.floors)
 
     def save(self, path: str | Path) -> None:
         """Write the folder `path`: `watch_list.json` (what people read) and `read_outs.safetensors` (weights)."""
@@ -178,6 +185,7 @@ class WatchList(Sequence[ReadOut]):
         document = {
             "schema_version": WATCH_LIST_SCHEMA_VERSION,
             "d_model": self.d_model,
+            "floors": self.floors,
             "read_outs": entries,
             "provenance": self.provenance,
             "evaluation": self.evaluation,
@@ -218,7 +226,7 @@ class WatchList(Sequence[ReadOut]):
             )
             for i, entry in enumerate(entries)
         ]
-        return cls(read_outs, document["provenance"], document["evaluation"])
+        return cls(read_outs, document["provenance"], document["evaluation"], document["floors"])
 
     def __repr__(self) -> str:
         return f"WatchList({len(self)} read-outs, layers {list(self.layers)}, {', '.join(self.keys) or 'no behaviour'})"

@@ -38,7 +38,7 @@ class TensorBoardSink:
     | `.../log10_p`, `.../log10_level` | p-value of the test, and what it must fall below to raise an alert |
     | `.../smallest_detectable_rate` | lowest true rate the test would find with 80 % probability |
     | `.../text_rate`, `.../text_rate_baseline` | share of responses in which the text detector finds the behaviour |
-    | `.../response_score` | mean response score (highest mean margin over a response's tokens) |
+    | `.../response_score` | mean response score (highest mean margin over 16 tokens in a row) |
     | `sae/{stream}/firing_rate/L5.F12` | share of response tokens at which one read-out fires |
     | `sae/{stream}/health/L5/fvu`, `l0`, `alive` | fraction of variance unexplained, active features per token, share of features seen |
     | `sae/{stream}/excluded/...` | share of positions left out, by reason |

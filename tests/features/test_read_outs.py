@@ -29,11 +29,12 @@ def test_lists_of_acting_read_outs_judge_nothing(watch: WatchList) -> None:
 
 
 def test_saved_lists_come_back_equal(watch: WatchList, tmp_path: Path) -> None:
-    watch.evaluation = {"token_auroc": 0.9}
+    watch.evaluation, watch.floors = {"token_auroc": 0.9}, {"code-switching-zh": 0.2}
     watch.save(tmp_path / "list")
     again = WatchList.load(tmp_path / "list")
     assert again.provenance == watch.provenance
     assert again.evaluation == watch.evaluation
+    assert again.floors == watch[1:].floors == (watch + watch).floors == {"code-switching-zh": 0.2}
     for before, after in zip(watch, again, strict=True):
         assert torch.equal(before.weight, after.weight)
         assert torch.equal(before.direction, after.direction)
