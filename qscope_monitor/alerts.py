@@ -242,29 +242,33 @@ class AlphaSpending:
 class AlertState:
     """What has been told about one behaviour in one stream, so that it is not told again.
 
-    An alert is raised once. It is raised again only when the rate has doubled since, or after it had cleared: the
-    pooled test stayed above `clear_above` for `clear_after` windows in a row.
+    An alert is raised once. It is raised again only when the rate has doubled since, when the read-outs join in after
+    the text alone had shown it (or turn silent), or after it had cleared: the pooled test stayed above `clear_above`
+    for `clear_after` windows in a row.
     """
 
     raised_rate: float | None = None
+    raised_kind: str | None = None
     quiet_windows: int = 0
     clear_above: float = 0.05
     clear_after: int = 2
     history: list[tuple[int, str]] = field(default_factory=list)
 
-    def update(self, step: int, rate: float, p_value: float, level: float) -> bool:
+    def update(self, step: int, kind: str, rate: float, p_value: float, level: float) -> bool:
         """True when this window's result is news worth an alert."""
         if p_value < level:
             self.quiet_windows = 0
-            if self.raised_rate is None or rate >= 2 * self.raised_rate:
-                self.history.append((step, "raised" if self.raised_rate is None else "doubled"))
-                self.raised_rate = rate
+            doubled = self.raised_rate is not None and rate >= 2 * self.raised_rate and kind == self.raised_kind
+            joined = kind != self.raised_kind and kind != "text"
+            if self.raised_rate is None or doubled or joined:
+                self.history.append((step, "doubled" if doubled else kind))
+                self.raised_rate, self.raised_kind = rate, kind
                 return True
         elif self.raised_rate is not None and p_value > self.clear_above:
             self.quiet_windows += 1
             if self.quiet_windows >= self.clear_after:
                 self.history.append((step, "cleared"))
-                self.raised_rate, self.quiet_windows = None, 0
+                self.raised_rate, self.raised_kind, self.quiet_windows = None, None, 0
         else:
             self.quiet_windows = 0
         return False

@@ -308,7 +308,7 @@ class FeatureMonitor:
         for j, key in enumerate(self.keys):
             verdict = judge(pooled, state.baseline, j, level)
             self.scalars |= verdict.scalars(stream, key)
-            if state.alerts[key].update(step, verdict.rate, verdict.p_value, level):
+            if state.alerts[key].update(step, verdict.kind, verdict.rate, verdict.p_value, level):
                 changes = read_out_changes(self.read_outs, self.panel.judges(key), pooled, state.baseline)
                 contexts = show_contexts(state.contexts, j, self.tokenizer)
                 raised.append(verdict.alert(step, stream, key, changes, contexts))

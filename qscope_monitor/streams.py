@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,7 @@ class StreamState:
             "pending": [_tensors(window) for window in self.pending],
             "windows": [_tensors(window) for window in self.windows],
             "spent_windows": self.spending.window,
-            "alerts": {
-                key: {"raised_rate": told.raised_rate, "quiet_windows": told.quiet_windows, "history": told.history}
-                for key, told in self.alerts.items()
-            },
+            "alerts": {key: asdict(told) for key, told in self.alerts.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -71,7 +68,7 @@ class StreamState:
         self.spending.window = saved["spent_windows"]
         for key, told in saved["alerts"].items():
             history = [(int(step), str(word)) for step, word in told["history"]]
-            self.alerts[key] = AlertState(told["raised_rate"], told["quiet_windows"], history=history)
+            self.alerts[key] = AlertState(**{**told, "history": history})
 
 
 def _tensors(values: dict[str, np.ndarray]) -> dict[str, Tensor]:

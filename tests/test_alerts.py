@@ -98,13 +98,20 @@ def test_census_finds_the_feature_that_rose_and_no_other() -> None:
 
 def test_an_alert_is_told_once_until_it_doubles_or_clears() -> None:
     state = AlertState()
-    said = [state.update(step, rate, p, 0.01) for step, (rate, p) in enumerate([(0.1, 0.001), (0.12, 0.0001)])]
-    assert said == [True, False]
-    assert state.update(2, 0.25, 1e-6, 0.01)  # doubled
-    assert not state.update(3, 0.05, 0.5, 0.01)
-    assert not state.update(4, 0.05, 0.5, 0.01)  # cleared now
-    assert state.update(5, 0.1, 0.001, 0.01)
-    assert [word for _, word in state.history] == ["raised", "doubled", "cleared", "raised"]
+    results = [(0.1, 0.001), (0.12, 0.0001)]
+    assert [state.update(step, "behaviour", rate, p, 0.01) for step, (rate, p) in enumerate(results)] == [True, False]
+    assert state.update(2, "behaviour", 0.25, 1e-6, 0.01)  # doubled
+    assert not state.update(3, "text", 0.05, 0.5, 0.01)
+    assert not state.update(4, "text", 0.05, 0.5, 0.01)  # cleared now
+    assert state.update(5, "behaviour", 0.1, 0.001, 0.01)
+    assert [word for _, word in state.history] == ["behaviour", "doubled", "cleared", "behaviour"]
+
+
+def test_read_outs_joining_the_text_are_news_and_leaving_it_are_not() -> None:
+    state = AlertState()
+    kinds = ["text", "text", "behaviour", "text", "hacking"]
+    said = [state.update(step, kind, 0.1, 1e-4, 0.01) for step, kind in enumerate(kinds)]
+    assert said == [True, False, True, False, True]
 
 
 def test_alert_records_round_trip_and_refuse_other_schemas(alert: Alert) -> None:

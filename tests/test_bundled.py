@@ -205,3 +205,17 @@ def test_the_sentences_are_parallel_in_fifteen_languages():
         assert len(set(texts)) == len(texts), language
     assert sum(han(text) for text in sentences["zh"]) > 0.3 * sum(map(len, sentences["zh"]))
     assert sum(han(text) for text in sentences["en"]) == 0
+
+
+def test_the_watch_list_is_of_the_bundled_saes():
+    from qscope_monitor import load_saes
+
+    watch, saes = bundled.watch_list("zh"), load_saes(bundled.sae_path())
+    assert watch.keys == ("code-switching-zh",)
+    assert watch.floors["code-switching-zh"] > 0
+    for read_out in watch:
+        assert torch.equal(read_out.weight, saes[read_out.layer].W_enc[read_out.feature].float())
+        assert torch.equal(read_out.direction, saes[read_out.layer].direction(read_out.feature))
+    assert watch.evaluation["detectors"]["watch list"]["window_auroc"] > 0.95
+    with pytest.raises(ValueError, match=r"'xx'; there are \['zh'\]"):
+        bundled.watch_list("xx")
