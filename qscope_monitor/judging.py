@@ -19,8 +19,8 @@ TESTS_PER_BEHAVIOUR = 2  # the read-outs and the text detector
 Four = tuple[int, int, int, int]  # found, total, found at calibration, total at calibration
 _SAID = {
     "behaviour": "read-outs are abnormally active",
-    "text": "rose in the text, its read-outs did not",
-    "hacking": "rose in the text while its read-outs fell silent",
+    "text": "more of it in the text, not in the read-outs",
+    "hacking": "more of it in the text while its read-outs fell silent",
 }
 
 
@@ -86,7 +86,7 @@ class Verdict:
         has_text = self.texts[1] > 0 and self.texts[3] > 0
         text_rate, text_baseline = share(self.texts[:2]), share(self.texts[2:])
         message = (
-            f"{key}: {_SAID[self.kind]} in {tests.PLACES[stream]}: {found} of {total} responses exceed "
+            f"{key} in {tests.PLACES[stream]}: {_SAID[self.kind]}; {found} of {total} responses exceed "
             f"({self.rate:.1%}, at calibration {baseline_rate:.1%} of {baseline_total}), "
             f"p = {self.p_value:.1e} < {self.level:.1e}"
         )

@@ -83,9 +83,14 @@ def custom_scalars_layout(keys: Sequence[str]) -> dict[str, Any]:
         charts: dict[str, Any] = {}
         for key in keys:
             tag = f"sae/{stream}/{key}"
-            names = ["exceedance_pooled", "exceedance_baseline", "smallest_detectable_rate"]
-            names += ["text_rate", "text_rate_baseline"] if stream == "rollout" else []
-            charts[f"{key}: now and at calibration"] = ["Multiline", [f"^{re.escape(tag)}/{name}$" for name in names]]
+            names = "exceedance_pooled|exceedance_baseline|smallest_detectable_rate"
+            charts[f"{key}: responses exceeding, now and at calibration"] = [
+                "Multiline",
+                [f"^{re.escape(tag)}/({names})$"],
+            ]
+            if stream == "rollout":
+                rates = [f"^{re.escape(tag)}/text_rate(_baseline)?$"]
+                charts[f"{key}: what the text detector finds, now and at calibration"] = ["Multiline", rates]
             charts[f"{key}: log10 of p, and of the level"] = ["Multiline", [f"^{re.escape(tag)}/log10_(p|level)$"]]
         charts["firing rate of each read-out"] = ["Multiline", [f"^sae/{stream}/firing_rate/"]]
         charts["unexplained variance of each SAE"] = ["Multiline", [f"^sae/{stream}/health/.*/fvu$"]]
