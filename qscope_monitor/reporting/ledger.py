@@ -6,6 +6,7 @@ the whole ledger.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from qscope_monitor.alerts import PLACES, Alert, TokenContext, ledger_order
@@ -13,6 +14,7 @@ from qscope_monitor.alerts import PLACES, Alert, TokenContext, ledger_order
 MAXIMUM_ROWS = 50
 MAXIMUM_CONTEXTS = 3
 MAXIMUM_INFORMATION = 10
+MAXIMUM_COLUMNS = 100
 LEFT, RIGHT = "⟦", "⟧"
 # Few and wide columns: TensorBoard breaks words in narrow ones.
 _ALARM_HEADINGS = (
@@ -62,7 +64,7 @@ def _alarm(alert: Alert) -> list[str]:
         text = f"{alert.text_rate:.1%} (was {alert.text_baseline_rate:.1%})"
     read_outs = "; ".join(
         f"{change.name} {change.rate:.2%} (was {change.baseline_rate:.2%})" + _promoted(change.promotes)
-        for change in alert.read_outs[:3]
+        for change in alert.read_outs[:2]
     )
     return [
         f"**{alert.kind}** at step {alert.step}: {alert.behaviour} in {PLACES[alert.stream]}",
@@ -83,11 +85,23 @@ def _information(alert: Alert) -> list[str]:
 
 
 def _promoted(tokens: Sequence[str]) -> str:
-    shown = " ".join(token.strip() for token in tokens[:4] if token.strip())
+    shown = " ".join(token.strip() for token in tokens[:3] if token.strip())
     return f" → {shown}" if shown else ""
 
 
 def _context(context: TokenContext) -> str:
     # An indented block cannot be closed by anything inside a response, as a fence could.
     lines = [f"prompt: {' '.join(context.prompt.split())}", *context.marked(LEFT, RIGHT).splitlines()]
-    return "\n".join("    " + line for line in lines)
+    return "\n".join("    " + piece for line in lines for piece in _wrapped(line))
+
+
+def _wrapped(line: str) -> list[str]:
+    """A line cut to pieces that fit TensorBoard's box; Chinese characters are two columns wide and have no spaces."""
+    pieces, piece, width = [], "", 0
+    for character in line:
+        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if width + columns > MAXIMUM_COLUMNS:
+            pieces.append(piece)
+            piece, width = "", 0
+        piece, width = piece + character, width + columns
+    return [*pieces, piece]

@@ -68,6 +68,16 @@ def test_information_comes_apart_from_alarms(alert: Alert) -> None:
     assert ledger_markdown(census).startswith("No alert so far.")
 
 
+def test_long_lines_are_cut_to_the_box(alert: Alert) -> None:
+    context = TokenContext(("保存" * 200, "a" * 150), (0.0, 0.0), 1.0, "p")
+    block = [
+        line[4:] for line in ledger_markdown([replace(alert, contexts=(context,))]).splitlines() if line[:4] == "    "
+    ]
+    assert "".join(block[1:]) == "保存" * 200 + "a" * 150
+    assert max(len(line) for line in block) <= 100
+    assert len(block[1]) == 50
+
+
 def test_marked_tokens_stand_in_brackets(alert: Alert) -> None:
     assert "Click ⟦保存⟧ now" in ledger_markdown([alert])
 
