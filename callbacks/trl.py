@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
-from qscope_monitor.alerts import Alert
+from qscope_monitor.alerts import KINDS, Alert
 from qscope_monitor.features.promotes import promoted_tokens
 from qscope_monitor.features.read_outs import WatchList
-from qscope_monitor.monitor import FeatureMonitor
+from qscope_monitor.monitor import FeatureMonitor, check_rates
 from qscope_monitor.reporting import (
     CallbackSink,
     JsonLinesSink,
@@ -25,7 +26,7 @@ from qscope_monitor.reporting import (
     active_trackers,
 )
 from qscope_monitor.sae import TopKSAE
-from qscope_monitor.sampling import Prompt, RolloutSettings
+from qscope_monitor.sampling import Prompt, RolloutSettings, check_prompts, encode_prompt
 from qscope_monitor.session import MonitoringSession
 
 try:
@@ -38,6 +39,7 @@ logger = logging.getLogger("qscope_monitor")
 STATE_KEY = "qscope_monitor"
 STATE_FILE = "qscope_monitor.pt"
 StopOn = str | Collection[str] | Callable[[Alert], bool]
+_running: WeakValueDictionary[Path, QScopeCallback] = WeakValueDictionary()  # by output folder
 
 
 class QScopeCallback(TrainerCallback):
@@ -68,8 +70,9 @@ class QScopeCallback(TrainerCallback):
         layers_path: dotted path of the decoder layers, where they are not found.
 
     Raises:
-        ValueError: nothing to watch, or an argument out of range; at the start of training also when SAEs and model
-            do not fit together.
+        ValueError, TypeError: nothing to watch, or an argument out of range or of another type; at the start of
+            training also when SAEs, watch list and model do not fit together, when prompts need a tokenizer there is
+            none of, or when another callback watches the same run (put both watch lists into one: `a + b`).
 
     Example:
         >>> callback = QScopeCallback(saes, watch, prompts=prompts, every_n_steps=50)
@@ -97,15 +100,25 @@ class QScopeCallback(TrainerCallback):
         tokenizer: Any = None,
         layers_path: str | None = None,
     ) -> None:
+        if saes is not None and not isinstance(saes, Mapping):
+            raise TypeError(f"saes must map layers to SAEs, as qs.load_saes returns, got {type(saes).__name__}")
+        if watch is not None and not isinstance(watch, WatchList):
+            raise TypeError(f"watch must be a WatchList (qs.WatchList.load reads one), got {type(watch).__name__}")
         if not saes and not watch:
             raise ValueError("nothing to watch: pass saes (census), watch (a WatchList), or both")
         for name, steps in (("every_n_steps", every_n_steps), ("train_every_n_steps", train_every_n_steps)):
-            if steps < 1:
-                raise ValueError(f"{name} must be at least 1, got {steps!r}")
-        if max_overhead is not None and max_overhead < 0:
-            raise ValueError(f"max_overhead must be >= 0 or None, got {max_overhead!r}")
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of prompts, got a single string")
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {steps!r}")
+        if max_overhead is not None and (not isinstance(max_overhead, int | float) or max_overhead < 0):
+            raise ValueError(f"max_overhead must be a number >= 0 or None, got {max_overhead!r}")
+        check_rates(exceedance_rate, false_alarm_rate, pooled_windows)
+        if prompts is not None:
+            check_prompts(prompts)
+        if rollouts is not None and not isinstance(rollouts, RolloutSettings):
+            raise TypeError(f"rollouts must be RolloutSettings, got {type(rollouts).__name__}")
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert must be a function of an Alert, got {on_alert!r}")
+        _check_stop_on(stop_on)
         self.saes, self.watch = saes, watch
         self.prompts = list(prompts) if prompts is not None else None
         self.every_n_steps, self.train_every_n_steps = every_n_steps, train_every_n_steps
@@ -120,11 +133,13 @@ class QScopeCallback(TrainerCallback):
         self.session: MonitoringSession | None = None
         self.alerts: list[Alert] = []
         self._trainer: Any = None
+        self._state: Any = None
 
     def attach(self, trainer: Any) -> QScopeCallback:
         """Use the trainer's own TensorBoard writer and the exact batches of `compute_loss`. Safe to call twice.
 
-        Adds the callback to the trainer if it is not there yet; undone when training ends.
+        Adds the callback to the trainer if it is not there yet; undone when training ends, so attach again before
+        training again.
         """
         if self._trainer is trainer:
             return self
@@ -155,8 +170,16 @@ class QScopeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Hook the model, calibrate, open the sinks."""
         self.close(detach=False)
+        self._check_alone(args, state)
         tokenizer = self.tokenizer or kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if self.prompts is not None:
+            if tokenizer is None:
+                raise ValueError(
+                    "prompts need a tokenizer: give the trainer processing_class=, or the callback tokenizer="
+                )
+            for prompt in self.prompts:
+                encode_prompt(tokenizer, prompt)
         monitor = FeatureMonitor(
             self.saes,
             self.watch,
@@ -171,7 +194,7 @@ class QScopeCallback(TrainerCallback):
             tokenizer,
             monitor,
             prompts=self.prompts,
-            sinks=self._sinks(args, monitor.keys) if state.is_world_process_zero else [],
+            sinks=self._sinks(args, monitor.keys, state.global_step) if state.is_world_process_zero else [],
             every_n_steps=self.every_n_steps,
             train_every_n_steps=self.train_every_n_steps,
             max_overhead=self.max_overhead,
@@ -223,6 +246,17 @@ class QScopeCallback(TrainerCallback):
         if detach:
             self._detach()
 
+    def _check_alone(self, args: Any, state: Any) -> None:
+        """One callback a run: two would write the same files and the same checkpoint state."""
+        folder = Path(args.output_dir).resolve()
+        other = _running.get(folder)
+        if other is not None and other is not self and other.session is not None and other._state is state:
+            raise ValueError(
+                f"another QScopeCallback watches the run in {args.output_dir}; make one with both watch lists: a + b"
+            )
+        _running[folder] = self
+        self._state = state
+
     def _describe(self, model: Any, tokenizer: Any) -> Callable[[int, int], Sequence[str]] | None:
         saes = self.saes
         if saes is None or tokenizer is None:
@@ -233,13 +267,19 @@ class QScopeCallback(TrainerCallback):
         if self.stop_on is None:
             return False
         if callable(self.stop_on):
-            return bool(self.stop_on(alert))
+            try:
+                return bool(self.stop_on(alert))
+            except Exception as error:
+                if self.strict:
+                    raise
+                logger.warning("stop_on failed and training goes on: %s: %s", type(error).__name__, error)
+                return False
         kinds = {self.stop_on} if isinstance(self.stop_on, str) else set(self.stop_on)
         return alert.kind in kinds
 
-    def _sinks(self, args: Any, keys: Sequence[str]) -> list[Sink]:
+    def _sinks(self, args: Any, keys: Sequence[str], step: int) -> list[Sink]:
         folder = Path(args.output_dir) / "sae"
-        sinks: list[Sink] = [JsonLinesSink(folder), LogSink()]
+        sinks: list[Sink] = [JsonLinesSink(folder, resumed_at=step), LogSink()]
         if is_tensorboard_available():
             sinks.append(TensorBoardSink(self._trainer_writer() or self._tensorboard_folder(args), keys))
         else:
@@ -281,3 +321,11 @@ class QScopeCallback(TrainerCallback):
             return
         self.session.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
         logger.info("monitor state restored from %s", file)
+
+
+def _check_stop_on(stop_on: Any) -> None:
+    if stop_on is None or callable(stop_on):
+        return
+    kinds = [stop_on] if isinstance(stop_on, str) else stop_on
+    if not isinstance(kinds, Collection) or not all(kind in KINDS for kind in kinds):
+        raise ValueError(f"stop_on must be a kind of alert {KINDS}, several of them, or a function, got {stop_on!r}")

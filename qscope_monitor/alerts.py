@@ -21,6 +21,7 @@ ALERT_SCHEMA_VERSION = 1
 MINIMUM_CALIBRATION = 256
 PLACES = {"train": "training batches", "rollout": "rollouts"}  # what people call the streams
 Kind = Literal["behaviour", "text", "hacking", "census"]
+KINDS: tuple[Kind, ...] = ("behaviour", "text", "hacking", "census")
 Severity = Literal["INFO", "ALERT"]
 
 
@@ -215,7 +216,8 @@ class AlphaSpending:
     """Splits one run's false-alarm rate over its tests.
 
     With a known number of windows every window gets an equal share; without one, window i gets 1 / (i (i + 1)), which
-    sums to 1 over an endless run. Each share is divided by the number of tests in a window (Bonferroni).
+    sums to 1 over an endless run. A run that outlasts its plan goes on like that, and spends at most
+    1 / (planned + 1) more. Each share is divided by the number of tests in a window (Bonferroni).
 
     Args:
         false_alarm_rate: chance of any false alarm in the whole run.
@@ -231,8 +233,6 @@ class AlphaSpending:
         self.window += 1
         if self.planned_windows is not None and self.window <= self.planned_windows:
             share = 1 / self.planned_windows
-        elif self.planned_windows is not None:
-            share = 0.0
         else:
             share = 1 / (self.window * (self.window + 1))
         return self.false_alarm_rate * share / max(tests, 1)

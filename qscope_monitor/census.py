@@ -144,6 +144,10 @@ class Census:
         """Responses seen so far that `calibrate` would rest on."""
         return max((int(sum(w[f"{layer}/totals"][0] for w in self._pending[stream])) for layer in self.saes), default=0)
 
+    def discard(self, stream: str) -> None:
+        """Forget the windows seen so far."""
+        self._pending[stream] = []
+
     def calibrate(self, stream: str) -> None:
         """Take the windows seen so far as the baseline."""
         if self._pending[stream]:
@@ -153,6 +157,11 @@ class Census:
     def state_dict(self) -> dict[str, Any]:
         """Baselines and what has been told, for a checkpoint."""
         return {
+            "layers": list(self.layers),
+            "pending": {
+                stream: [{name: torch.from_numpy(value) for name, value in window.items()} for window in windows]
+                for stream, windows in self._pending.items()
+            },
             "baseline": {
                 stream: {name: torch.from_numpy(value) for name, value in counts.items()}
                 for stream, counts in self._baseline.items()
@@ -161,7 +170,13 @@ class Census:
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`. Raises ValueError for a state of other layers."""
+        if values["layers"] != list(self.layers):
+            raise ValueError(f"monitor state has a census of layers {values['layers']}, this one {list(self.layers)}")
+        self._pending = {
+            stream: [{name: value.numpy() for name, value in window.items()} for window in windows]
+            for stream, windows in values["pending"].items()
+        }
         self._baseline = {
             stream: {name: value.numpy() for name, value in counts.items()}
             for stream, counts in values["baseline"].items()

@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
+
+from qscope_monitor.alerts import KINDS
 
 try:
     import typer
@@ -63,13 +65,15 @@ if typer is not None:
     @app.command()
     def alerts(
         run: Annotated[Path, typer.Argument(help="A run's folder, or an alerts.jsonl.")],
-        kind: Annotated[str | None, typer.Option(help="Only this kind: behaviour, text, hacking or census.")] = None,
+        kind: Annotated[str | None, typer.Option(help=f"Only this kind: {', '.join(KINDS)}.")] = None,
         everything: Annotated[bool, typer.Option("--all", help="Information (census) too.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One alert record a line.")] = False,
     ) -> None:
-        """List the alerts of a run, with the responses behind them. Exits with 1 when there is an alarm."""
+        """List the alerts of a run, with the responses behind them. Exits with 1 on an alarm, with 2 on an error."""
         from qscope_monitor.reporting import read_alerts
 
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {kind!r}")
         found = read_alerts(run)
         chosen = [
             a for a in found if (kind is None or a.kind == kind) and (everything or kind or a.severity == "ALERT")
@@ -80,7 +84,7 @@ if typer is not None:
         else:
             console = Console()
             if not chosen:
-                console.print(f"no alert in {run}")
+                console.print(f"no alert in {run}", markup=False)
             _print_alerts(console, [(alert.stream, alert) for alert in chosen], contexts=True)
         raise typer.Exit(1 if any(a.severity == "ALERT" for a in chosen) else 0)
 
@@ -112,7 +116,7 @@ def _print_alerts(console: Any, alerts: list[tuple[str, Any]], contexts: bool = 
     for where, alert in alerts:
         if alert.severity == "INFO" and not contexts:
             continue
-        console.print(f"\n[bold]{where}, step {alert.step}[/bold]  {alert.kind}", highlight=False)
+        console.print(f"\n{where}, step {alert.step}  {alert.kind}", style="bold", highlight=False, markup=False)
         console.print(f"  {alert.message}", highlight=False, markup=False)
         for change in alert.read_outs[:3]:
             promotes = " ".join(token.strip() for token in change.promotes[:6])
@@ -127,14 +131,20 @@ def _print_alerts(console: Any, alerts: list[tuple[str, Any]], contexts: bool = 
             console.print(f"  {context.marked(LEFT, RIGHT)}", highlight=False, markup=False)
 
 
+def _fail(message: str) -> NoReturn:
+    """Exit with 2: 1 says that a run has an alarm."""
+    print(f"qscope: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     """Entry point of `qscope`."""
     if typer is None:
-        sys.exit("the command line needs an extra: pip install 'qscope-monitor[cli]'")
+        _fail("the command line needs an extra: pip install 'qscope-monitor[cli]'")
     try:
         app()
     except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"qscope: {error}")
+        _fail(str(error))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from qscope_monitor.alerts import TokenContext
+from qscope_monitor.tokens import TokenBatch
 
+CONTEXTS = 3  # responses shown with an alert
 _LONGEST_CHARACTER = 8  # byte-level tokens joined at most before giving up on a character
 
 
@@ -18,12 +20,13 @@ class Candidate:
     """A response that may be shown; it stays on the device until an alert is raised.
 
     Attributes:
-        key: number of the behaviour it scored on.
+        key: number of the behaviour.
         score: [] its response score.
         input_ids: [seq] its row of the batch.
         shown: [seq] bool, the tokens of the response.
         prompt: [seq] bool, the tokens of its prompt.
         margins: [seq] margin of each token.
+        by_text: the text detector found it, not the read-outs.
     """
 
     key: int
@@ -32,14 +35,40 @@ class Candidate:
     shown: Tensor
     prompt: Tensor
     margins: Tensor
+    by_text: bool
 
 
-def show_contexts(candidates: Iterable[Candidate], key: int, tokenizer: Any, limit: int = 3) -> list[TokenContext]:
-    """The highest-scoring candidates of one behaviour; none without a tokenizer."""
+def make_candidate(
+    tokens: TokenBatch, margins: Tensor, key: int, sequence: Tensor, score: Tensor, *, by_text: bool
+) -> Candidate:
+    """Pick one sequence out of a batch without waiting for the device.
+
+    Args:
+        tokens: the batch.
+        margins: [batch, seq, keys].
+        key: number of the behaviour.
+        sequence: [] number of the sequence.
+        score: [] its response score.
+        by_text: see `Candidate`.
+    """
+    own = tokens.sequence == sequence  # [batch, seq]
+    row = own.any(1).int().argmax()[None]
+
+    def pick(values: Tensor) -> Tensor:
+        return values.index_select(0, row)[0]
+
+    response = pick(tokens.response)
+    return Candidate(
+        key, score, pick(tokens.input_ids), pick(own) & response, pick(own) & ~response, pick(margins)[:, key], by_text
+    )
+
+
+def show_contexts(candidates: Iterable[Candidate], key: int, tokenizer: Any, *, by_text: bool) -> list[TokenContext]:
+    """The highest-scoring candidates of one behaviour, of the kind asked for; none without a tokenizer."""
     if tokenizer is None:
         return []
-    scored = [(float(c.score), c) for c in candidates if c.key == key]
-    scored = sorted((c for c in scored if c[0] > 0), key=lambda c: -c[0])[:limit]
+    scored = [(float(c.score), c) for c in candidates if c.key == key and c.by_text == by_text]
+    scored = sorted((c for c in scored if c[0] > 0), key=lambda c: -c[0])[:CONTEXTS]
     contexts = []
     for score, candidate in scored:
         ids = candidate.input_ids[candidate.shown].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from qscope_monitor.sampling import RolloutSettings, sample_rollouts
 RUNS = {"clean": 0.0, "contaminated": 0.1}
 HELD_OUT = 200  # samples kept from fine-tuning
 TEST_PROMPTS = 400
+WATCH_LIST = "watch-list"  # folder of the watch list, beside the runs
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 16
 
@@ -105,14 +107,14 @@ def run_demo(
     """Find the Chinese features of the bundled model, fine-tune it on each data set, and collect what was seen.
 
     Args:
-        out: folder for TensorBoard runs, alerts and the watch list.
+        out: folder for TensorBoard runs, alerts and the watch list; an earlier demo's runs in it are replaced.
         seed: of the data order and of every rollout.
         steps: optimiser steps of each run.
         runs: names from `RUNS`.
         progress: show progress bars.
 
     Raises:
-        ValueError: an unknown run, or fewer than 20 steps.
+        ValueError: an unknown run, fewer than 20 steps, or `out` holds something else under a run's name.
         ImportError: trl, datasets or tensorboard are missing; names the extra.
     """
     unknown = [name for name in runs if name not in RUNS]
@@ -121,15 +123,25 @@ def run_demo(
     if steps < 20:
         raise ValueError(f"steps must be at least 20 (one window), got {steps!r}")
     folder = Path(out)
+    _clear(folder, runs)
     model, tokenizer = bundled.model(), bundled.tokenizer()
     saes = load_saes(bundled.sae_path())
     watch = find_language_features(model, tokenizer, saes, target="zh", progress=progress)
-    watch.save(folder / "watch-list")
+    watch.save(folder / WATCH_LIST)
     before = measure(model, tokenizer, seed)
     return watch, [
         monitored_run(name, saes, watch, before, folder / name, seed=seed, steps=steps, progress=progress)
         for name in runs
     ]
+
+
+def _clear(folder: Path, runs: Sequence[str]) -> None:
+    """Remove an earlier demo's runs: TensorBoard would mix their events with the new ones."""
+    there = [folder / name for name in runs if (folder / name).exists()]
+    if there and not (folder / WATCH_LIST / "watch_list.json").is_file():
+        raise ValueError(f"{there[0]} exists and is not of an earlier demo; choose another folder (--out)")
+    for run in there:
+        shutil.rmtree(run)
 
 
 def monitored_run(

@@ -22,16 +22,19 @@ def window_scalars(
     keys: Sequence[str],
     read_outs: Sequence[str],
     window: dict[str, np.ndarray],
-    baseline: dict[str, np.ndarray],
+    baseline: dict[str, np.ndarray] | None,
 ) -> dict[str, float]:
-    """Scalars of one window of one stream, for the behaviours `keys` and the `read_outs` by name."""
+    """Scalars of one window of one stream, for the behaviours `keys` and the `read_outs` by name.
+
+    Without a baseline there are no thresholds, hence no exceedance.
+    """
     tag = f"sae/{stream}"
     scalars = {f"{tag}/tokens": float(window["tokens"].sum())}
     for j, key in enumerate(keys):
         for name, counted, total, beside_baseline in _RATES:
-            if window[total][j]:
+            if window[total][j] and (baseline is not None or counted != "exceeding"):
                 scalars[f"{tag}/{key}/{name}"] = float(window[counted][j] / window[total][j])
-            if beside_baseline and baseline[total][j]:
+            if beside_baseline and baseline is not None and baseline[total][j]:
                 scalars[f"{tag}/{key}/{name}_baseline"] = float(baseline[counted][j] / baseline[total][j])
     for name, rate in zip(read_outs, response_firing_rates(window), strict=True):
         scalars[f"{tag}/firing_rate/{name}"] = float(rate)

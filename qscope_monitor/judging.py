@@ -15,7 +15,7 @@ from qscope_monitor.census import RisenFeature
 from qscope_monitor.features.read_outs import ReadOut
 from qscope_monitor.figures import response_firing_rates
 
-TESTS_PER_BEHAVIOUR = 2  # the read-outs and the text detector
+TESTS_PER_BEHAVIOUR = {"train": 1, "rollout": 2}  # the read-outs, and in rollouts the text detector
 Four = tuple[int, int, int, int]  # found, total, found at calibration, total at calibration
 _SAID = {
     "behaviour": "read-outs are abnormally active",

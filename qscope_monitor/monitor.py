@@ -14,7 +14,7 @@ from qscope_monitor.alerts import MINIMUM_CALIBRATION, Alert, AlertState, AlphaS
 from qscope_monitor.behaviours import detect_text, expected_languages, scripts_of
 from qscope_monitor.behaviours.vocabulary import ScriptVocabulary
 from qscope_monitor.census import Census
-from qscope_monitor.contexts import Candidate, show_contexts
+from qscope_monitor.contexts import CONTEXTS, make_candidate, show_contexts
 from qscope_monitor.counters import Counters, sum_counts
 from qscope_monitor.features.read_outs import WINDOW, WatchList
 from qscope_monitor.figures import EXCLUSIONS, health_scalars, window_scalars
@@ -75,11 +75,7 @@ class FeatureMonitor:
     ) -> None:
         if not saes and not watch:
             raise ValueError("nothing to watch: pass saes (census), watch (a WatchList), or both")
-        for name, rate in (("exceedance_rate", exceedance_rate), ("false_alarm_rate", false_alarm_rate)):
-            if not 0 < rate < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {rate!r}")
-        if pooled_windows < 1:
-            raise ValueError(f"pooled_windows must be at least 1, got {pooled_windows!r}")
+        check_rates(exceedance_rate, false_alarm_rate, pooled_windows)
         self.watch = watch if watch is not None else WatchList(())
         self.tokenizer = tokenizer
         self.exceedance_rate = exceedance_rate
@@ -161,15 +157,16 @@ class FeatureMonitor:
         with torch.autocast(tokens.input_ids.device.type, enabled=False):
             if self.read_outs:
                 foreign = self._foreign(tokens, expected, prompts)
-                self._observe_read_outs(state, residuals, tokens, foreign)
+                margins = self._observe_read_outs(state, residuals, tokens, foreign)
                 if texts is not None:
-                    self._judge_texts(state, texts, prompts or [""] * len(texts), foreign)
+                    self._judge_texts(state, texts, prompts or [""] * len(texts), foreign, tokens, margins)
             if census and self.census is not None:
                 self.census.observe(residuals, tokens, stream)
 
     def _observe_read_outs(
         self, state: StreamState, residuals: Mapping[int, Tensor], tokens: TokenBatch, foreign: Tensor
-    ) -> None:
+    ) -> Tensor:
+        """Count, and return each behaviour's margins [batch, seq, keys] on response tokens."""
         reading = self.panel.read(residuals, tokens)
         excluded = [torch.as_tensor(reading.excluded.get(name, 0), device=self.device) for name in EXCLUSIONS]
         state.counters.add("excluded", torch.stack([count.double() for count in excluded]))
@@ -180,9 +177,11 @@ class FeatureMonitor:
             row[segment] = 1
             state.counters.add("tokens", row * chosen.sum())
             state.counters.add("fires", row[:, None] * ((reading.margins > 0) & chosen).sum((0, 1)))
+        judged = reading.keep & tokens.response
+        margins = self.panel.by_behaviour(reading, judged)
         if self.keys:
-            judged = reading.keep & tokens.response
-            self._count_responses(state, self.panel.by_behaviour(reading, judged), judged, tokens, foreign)
+            self._count_responses(state, margins, judged, tokens, foreign)
+        return margins
 
     def _count_responses(
         self, state: StreamState, margins: Tensor, judged: Tensor, tokens: TokenBatch, foreign: Tensor
@@ -199,10 +198,7 @@ class FeatureMonitor:
             state.counters.add("exceeding", ((score > state.thresholds) & eligible).sum(0))
         best, index = score.max(0)  # [keys]
         for j in range(len(self.keys)):
-            own = tokens.sequence == index[j]
-            row = own.any(1).int().argmax()
-            shown, prompt = own[row] & tokens.response[row], own[row] & ~tokens.response[row]
-            state.contexts.append(Candidate(j, best[j], tokens.input_ids[row], shown, prompt, margins[row, :, j]))
+            state.contexts.append(make_candidate(tokens, margins, j, index[j], best[j], by_text=False))
 
     def _foreign(
         self, tokens: TokenBatch, expected: Sequence[str | None] | None, prompts: Sequence[str] | None
@@ -223,7 +219,15 @@ class FeatureMonitor:
                     foreign[i, j] = told != language
         return foreign
 
-    def _judge_texts(self, state: StreamState, texts: Sequence[str], prompts: Sequence[str], foreign: Tensor) -> None:
+    def _judge_texts(
+        self,
+        state: StreamState,
+        texts: Sequence[str],
+        prompts: Sequence[str],
+        foreign: Tensor,
+        tokens: TokenBatch,
+        margins: Tensor,
+    ) -> None:
         judged = foreign.cpu()
         found = torch.zeros_like(judged)
         for j, key in enumerate(self.keys):
@@ -233,6 +237,9 @@ class FeatureMonitor:
                     verdict = detect_text(behaviour, language, text, prompt)
                     judged[i, j] = verdict is not None
                     found[i, j] = verdict is not None and verdict.found
+            for i in found[:, j].nonzero().flatten()[:CONTEXTS]:
+                score = torch.ones((), device=self.device)  # any response found will do
+                state.contexts.append(make_candidate(tokens, margins, j, i.to(self.device), score, by_text=True))
         state.counters.add("texts", judged.sum(0).to(self.device))
         state.counters.add("texts_found", found.sum(0).to(self.device))
 
@@ -280,9 +287,7 @@ class FeatureMonitor:
         for stream in STREAMS:
             state = self._stream(stream)
             if state.thresholds is None:
-                self.calibrate(stream)
-                if state.baseline is not None:
-                    self._publish(stream, state.baseline, state.baseline)
+                self._step_uncalibrated(stream, state)
                 continue
             window = state.counters.take()
             if window["tokens"].sum():
@@ -291,6 +296,8 @@ class FeatureMonitor:
                 raised += self._test(step, stream, state)
                 state.contexts.clear()
             if self.census is not None:
+                if stream == "train" and self.census.collected(stream) >= self.minimum_responses:
+                    self.census.calibrate(stream)  # it is read less often than the read-outs, so it may come later
                 report = self.census.end_window(stream)
                 self.scalars |= health_scalars(stream, report)
                 raised += [
@@ -300,24 +307,39 @@ class FeatureMonitor:
         self.alerts += raised
         return raised
 
+    def _step_uncalibrated(self, stream: Stream, state: StreamState) -> None:
+        if stream == "train":  # its first responses are its baseline
+            self.calibrate(stream)
+            if state.baseline is not None:
+                self._publish(stream, state.baseline, state.baseline)
+            return
+        # Rollouts of a model in training are no baseline: only an explicit `calibrate` before it takes one.
+        window = state.counters.take()
+        if window["tokens"].sum():
+            self._publish(stream, window, None)
+        state.collected, state.pending = [], []
+        state.contexts.clear()
+        if self.census is not None:
+            self.scalars |= health_scalars(stream, self.census.end_window(stream))
+            self.census.discard(stream)
+
     def _test(self, step: int, stream: Stream, state: StreamState) -> list[Alert]:
         assert state.baseline is not None
         pooled = sum_counts(list(state.windows))
-        level = state.spending.next_level(TESTS_PER_BEHAVIOUR * len(self.keys))
+        level = state.spending.next_level(TESTS_PER_BEHAVIOUR[stream] * len(self.keys))
         raised = []
         for j, key in enumerate(self.keys):
             verdict = judge(pooled, state.baseline, j, level)
             self.scalars |= verdict.scalars(stream, key)
             if state.alerts[key].update(step, verdict.kind, verdict.rate, verdict.p_value, level):
                 changes = read_out_changes(self.read_outs, self.panel.judges(key), pooled, state.baseline)
-                contexts = show_contexts(state.contexts, j, self.tokenizer)
+                contexts = show_contexts(state.contexts, j, self.tokenizer, by_text=verdict.kind != "behaviour")
                 raised.append(verdict.alert(step, stream, key, changes, contexts))
         return raised
 
     def _publish(self, stream: Stream, window: dict[str, np.ndarray], baseline: dict[str, np.ndarray] | None) -> None:
-        if baseline is not None:
-            names = [r.name.replace("/", ".") for r in self.read_outs]
-            self.scalars |= window_scalars(stream, self.keys, names, window, baseline)
+        names = [r.name.replace("/", ".") for r in self.read_outs]
+        self.scalars |= window_scalars(stream, self.keys, names, window, baseline)
 
     def _stream(self, stream: Stream) -> StreamState:
         if stream not in self._streams:
@@ -356,6 +378,15 @@ class FeatureMonitor:
         self.alerts = [Alert.from_json(record) for record in values["ledger"]]
         if self.census is not None and values["census"] is not None:
             self.census.load_state_dict(values["census"])
+
+
+def check_rates(exceedance_rate: float, false_alarm_rate: float, pooled_windows: int) -> None:
+    """Raise ValueError naming the value that is out of range."""
+    for name, rate in (("exceedance_rate", exceedance_rate), ("false_alarm_rate", false_alarm_rate)):
+        if not isinstance(rate, int | float) or not 0 < rate < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {rate!r}")
+    if not isinstance(pooled_windows, int) or pooled_windows < 1:
+        raise ValueError(f"pooled_windows must be an integer of at least 1, got {pooled_windows!r}")
 
 
 def _gather(scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ rounding differs. Every function here leaves the model and the random state as i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +43,23 @@ class RolloutSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("per_window", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.calibration < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        for name, least in (
+            ("per_window", 1),
+            ("calibration", 0),
+            ("max_new_tokens", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                "calibration and temperature must be >= 0 and top_p in (0, 1], got "
-                f"calibration={self.calibration!r}, temperature={self.temperature!r}, top_p={self.top_p!r}"
+                "temperature must be >= 0 and top_p in (0, 1], got "
+                f"temperature={self.temperature!r}, top_p={self.top_p!r}"
             )
 
 
@@ -64,6 +74,22 @@ class Rollout:
     text: str
     prompt_ids: list[int]
     completion_ids: list[int]
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise TypeError or ValueError naming the first prompt that is neither text nor a list of messages."""
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of prompts, got a {type(prompts).__name__}")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty; pass None to watch training batches only")
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            continue
+        messages = prompt if isinstance(prompt, list) and prompt else [None]
+        if not all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages):
+            raise TypeError(
+                f"prompts[{i}] must be a string or a list of messages with role and content, got {prompt!r:.80}"
+            )
 
 
 @contextmanager

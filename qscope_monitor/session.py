@@ -102,7 +102,17 @@ class MonitoringSession:
     def _calibrate(self, step: int) -> None:
         found = self._observe_rollouts(self.rollouts.calibration, step)
         responses = self.monitor.calibrate("rollout")
-        if self.monitor.status("rollout") == "INSUFFICIENT":
+        if len(self.prompts) < self.rollouts.calibration:
+            logger.warning(
+                "%d prompts for %d calibration rollouts: rollouts of one prompt resemble each other%s, so the tests "
+                "see more evidence than there is. Give more prompts.",
+                len(self.prompts),
+                self.rollouts.calibration,
+                ", greedy ones are identical" if self.rollouts.temperature == 0 else "",
+            )
+        if responses == 0:
+            logger.warning("calibration saw no response to judge: all were expected in the read-outs' own language")
+        elif self.monitor.status("rollout") == "INSUFFICIENT":
             logger.warning(
                 "calibration saw %d responses, %d are needed: rollouts are counted but raise no alert. "
                 "Raise RolloutSettings.calibration.",
@@ -114,9 +124,10 @@ class MonitoringSession:
 
     def begin_step(self, step: int) -> None:
         """Before the forward of optimiser step `step` (counted from 0)."""
-        self._due = "watch_list" not in self._off and step % self.train_every_n_steps == 0
-        self.hooks.armed = self._due and not self.exact_window
         self._census_due = self._ends_window(step + 1) and self._affordable("census")
+        due = step % self.train_every_n_steps == 0 or self._census_due
+        self._due = due and "watch_list" not in self._off
+        self.hooks.armed = self._due and not self.exact_window
 
     def end_step(self, step: int, last: bool = False) -> list[Alert]:
         """After optimiser step `step` (counted from 1) is done. Returns the new alerts. The `last` ends a window."""
@@ -252,7 +263,10 @@ class MonitoringSession:
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state and the position in the prompts, for a checkpoint."""
-        return {"monitor": self.monitor.state_dict(), "windows": self._windows}
+        monitor = self.monitor.state_dict()
+        if not self.log_text:
+            monitor["ledger"] = [alert.without_text().to_json() for alert in self.monitor.alerts]
+        return {"monitor": monitor, "windows": self._windows}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; call before `start`."""

@@ -102,8 +102,12 @@ def test_too_few_calibration_responses_raise_nothing() -> None:
     observe(monitor, 0, 100, 0.0)
     assert monitor.calibrate("rollout") == 100
     assert monitor.status("rollout") == "INSUFFICIENT"
-    observe(monitor, 1, 100, 1.0)
-    assert monitor.step(1) == []
+    for window in range(1, 5):  # rollouts of a model in training never become a baseline
+        observe(monitor, window, 100, 1.0)
+        assert monitor.step(window) == []
+        assert monitor.status("rollout") == "INSUFFICIENT"
+    assert monitor.scalars["sae/rollout/firing_rate/L2.F3"] > 0
+    assert "sae/rollout/code-switching-zh/exceedance" not in monitor.scalars
 
 
 def test_the_training_stream_takes_its_first_responses_as_baseline() -> None:
@@ -167,7 +171,29 @@ def test_text_alone_is_its_own_kind() -> None:
     observe(monitor, 0, 300, 0.02, texts=[clean] * 300, prompts=["How?"] * 300)
     monitor.calibrate()
     observe(monitor, 1, 100, 0.02, texts=[clean] * 50 + [switched] * 50, prompts=["How?"] * 100)
-    assert [a.kind for a in monitor.step(1)] == ["text"]
+    (alert,) = monitor.step(1)
+    assert alert.kind == "text"
+
+
+def test_text_alerts_show_the_responses_the_text_detector_found(tokenizer) -> None:
+    monitor = FeatureMonitor(watch=WatchList([read_out()]), tokenizer=tokenizer, planned_windows=1)
+    clean, switched = "Click the button.", "Click 保存文件然后关闭窗口 to save."
+    ids = [tokenizer(text)["input_ids"] for text in (clean, switched)]
+    width = max(len(row) for row in ids)
+
+    def feed(numbers: list[int]) -> None:
+        batch = torch.tensor([ids[n] + [0] * (width - len(ids[n])) for n in numbers])
+        tokens = TokenRules.from_tokenizer(tokenizer).batch(batch, attention_mask=(batch > 0).long())
+        texts = [(clean, switched)[n] for n in numbers]
+        residual = torch.zeros(len(numbers), width, D)
+        monitor.observe({2: residual}, tokens, stream="rollout", texts=texts, prompts=["How?"] * len(numbers))
+
+    feed([0] * 300)
+    monitor.calibrate()
+    feed([0] * 50 + [1] * 50)
+    (alert,) = monitor.step(1)
+    assert alert.kind == "text"
+    assert [context.marked() for context in alert.contexts] == [switched] * 3
 
 
 def test_non_finite_residuals_are_counted_and_do_no_harm() -> None:
@@ -274,8 +300,10 @@ def test_a_risen_feature_is_census_information_told_once() -> None:
         residuals, tokens, _ = batch(torch.Generator().manual_seed(seed), 300, 0.0)
         residuals[2][:, :, 5] += raised - 1.0 if raised else -1.0
         monitor.observe(residuals, tokens, stream="rollout", census=True)
-        alerts = monitor.step(seed)
-        if seed == 1:
+        alerts = monitor.step(seed) if seed else []
+        if seed == 0:
+            assert monitor.calibrate("rollout") == 300
+        elif seed == 1:
             assert [(a.kind, a.severity, a.behaviour) for a in alerts] == [("census", "INFO", "L2/F5")]
         else:
             assert alerts == []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qscope_monitor import FeatureMonitor, RolloutSettings, WatchList
+from qscope_monitor import FeatureMonitor, RolloutSettings, WatchList, bundled, load_saes
 from qscope_monitor.alerts import Alert
 from qscope_monitor.session import MonitoringSession
 
@@ -81,6 +81,16 @@ def test_rollouts_wait_until_their_share_is_earned(model, tokenizer, watch) -> N
     assert sampled == [0, 2]  # calibration, the first window, then never again at this price
 
 
+def test_the_census_is_due_whatever_the_reading_rate(model, tokenizer, watch) -> None:
+    saes = load_saes(bundled.sae_path(), layers=[5])
+    monitor = FeatureMonitor(saes, watch, tokenizer)
+    made = MonitoringSession(model, tokenizer, monitor, every_n_steps=4, train_every_n_steps=2, strict=True)
+    train(made, 3)
+    made.begin_step(3)
+    made.model(input_ids=torch.arange(10, 26).view(2, 8))
+    assert monitor.census._counters["train"].take()["5/totals"][0] == 2
+
+
 def test_training_batches_are_read_at_the_chosen_rate(model, tokenizer, watch) -> None:
     made = session(model, tokenizer, watch, prompts=None, train_every_n_steps=3, every_n_steps=100, strict=True)
     made.start(0)
@@ -112,6 +122,7 @@ def test_text_can_be_kept_out_of_every_sink(model, tokenizer, watch, alert: Aler
         made._publish(3, [alert])
         _, _, alerts, ledger = sink.written[0]
         assert [bool(a.contexts) for a in (*alerts, *ledger)] == [log_text] * 2
+        assert ("How do I save?" in str(made.state_dict())) == log_text  # a checkpoint is a log too
         made.close()
 
 

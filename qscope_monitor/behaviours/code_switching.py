@@ -17,7 +17,7 @@ PRESETS = ("practical", "any")
 _CODE = regex.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)"  # fenced; an open fence runs to the end
     r"|``[^\n]+?``|`[^`\n]+`"
-    r"|\bhttps?://[^\s<>)]+|\bwww\.[^\s<>)]+|[\w.+-]+@[\w-]+\.[\w.]+",
+    r"|\bhttps?://[^\s<>)]+|\bwww\.[^\s<>)]+|(?<![\w.+-])[\w.+-]++@[\w-]+\.[\w.]+",
     regex.DOTALL,
 )
 # Pairs are matched at any length and measured afterwards, so that a closing mark is not taken for an opening one.

@@ -36,8 +36,10 @@ class ScriptVocabulary:
         That is so when its scripts hold a tenth of the prompt's letters, as in `expected_languages`; for a sequence
         with no letters in its prompt, half of all its letters.
         """
-        own = self._table(scripts_of(language), tokens.input_ids.device)[tokens.input_ids]  # [batch, seq]
-        every = self._table(None, tokens.input_ids.device)[tokens.input_ids]
+        # A model's embedding may have more rows than its tokenizer has entries: those count as no letter.
+        ids = tokens.input_ids.clamp(max=len(self._tokenizer))
+        own = self._table(scripts_of(language), ids.device)[ids]  # [batch, seq]
+        every = self._table(None, ids.device)[ids]
         prompt = tokens.keep & ~tokens.response
         own_prompt, every_prompt = _sums(tokens, own * prompt), _sums(tokens, every * prompt)
         own_text, every_text = _sums(tokens, own * tokens.keep), _sums(tokens, every * tokens.keep)
@@ -57,8 +59,7 @@ class ScriptVocabulary:
         key = (scripts, device)
         if key not in self._letters:
             letters = [sum(n for s, n in counts.items() if scripts is None or s in scripts) for counts in self._counts]
-            # A model's embedding may have more rows than its tokenizer has entries; those ids never occur.
-            self._letters[key] = torch.tensor(letters, dtype=torch.float32, device=device)
+            self._letters[key] = torch.tensor([*letters, 0], dtype=torch.float32, device=device)
         return self._letters[key]
 
 

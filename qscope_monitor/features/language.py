@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qscope_monitor.behaviours import scripts_of
 from qscope_monitor.features.evaluation import control_read_outs, evaluate_read_outs, score_texts
 from qscope_monitor.features.promotes import promoted_tokens
 from qscope_monitor.features.read_outs import ReadOut, WatchList
@@ -63,8 +64,8 @@ def find_language_features(
         A `WatchList` of `features` read-outs (behaviour `code-switching`, language `target`), best first.
 
     Raises:
-        ValueError: the target is not among the texts, too few texts or languages, a layer without SAE, or no
-            feature prefers the target.
+        ValueError: an unknown language, the target is not among the texts, too few texts or languages, a layer without
+            SAE, or no feature prefers the target.
 
     Example:
         >>> watch = qs.find_language_features(model, tokenizer, saes, target="zh")
@@ -220,6 +221,7 @@ def _calibrate_thresholds(
 
 
 def _check(texts: Texts, target: str, saes: Mapping[int, TopKSAE], layers: Sequence[int], features: int) -> None:
+    scripts_of(target)  # an unknown language could not be judged in training
     if target not in texts:
         raise ValueError(f"target {target!r} is not among the languages of the texts: {sorted(texts)}")
     if len(texts) < 2:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
+
+from qscope_monitor.behaviours import scripts_of
 
 WATCH_LIST_SCHEMA_VERSION = 1
 WINDOW = 16  # tokens in a row over which margins are averaged; single tokens are noise
@@ -60,8 +64,16 @@ class ReadOut:
                 f"{self.name}: weight and direction must both be [d_model], got "
                 f"{list(self.weight.shape)} and {list(self.direction.shape)}"
             )
+        numbers = {"bias": self.bias, "threshold": self.threshold, "scale": self.scale}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{self.name}: {name} must be a finite number, got {value!r}")
         if not self.scale > 0:
             raise ValueError(f"{self.name}: scale must be > 0, got {self.scale!r}")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise ValueError(f"layer must be an integer from 0, got {self.layer!r}")
+        if self.language is not None:
+            scripts_of(self.language)
 
     @property
     def name(self) -> str:
@@ -159,13 +171,12 @@ class WatchList(Sequence[ReadOut]):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         if self.read_outs:
-            save_file(
-                {
-                    "weight": torch.stack([r.weight.float().cpu() for r in self.read_outs]),
-                    "direction": torch.stack([r.direction.float().cpu() for r in self.read_outs]),
-                },
-                folder / "read_outs.safetensors",
-            )
+            weights = {
+                "weight": torch.stack([r.weight.float().cpu() for r in self.read_outs]),
+                "direction": torch.stack([r.direction.float().cpu() for r in self.read_outs]),
+            }
+            # Not save_file, which hides the file from other users of the folder.
+            (folder / "read_outs.safetensors").write_bytes(save(weights))
         entries = [
             {
                 "layer": r.layer,
@@ -204,20 +215,29 @@ class WatchList(Sequence[ReadOut]):
         file = Path(path) / "watch_list.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: not found; a watch list is a folder with watch_list.json in it")
+        try:
+            return cls._read(file)
+        except (KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a watch list: {type(error).__name__}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def _read(cls, file: Path) -> WatchList:
         document = json.loads(file.read_text(encoding="utf-8"))
         version = document.get("schema_version")
         if version != WATCH_LIST_SCHEMA_VERSION:
-            raise ValueError(f"{file}: schema_version {version!r}, this version reads {WATCH_LIST_SCHEMA_VERSION}")
+            raise ValueError(f"schema_version {version!r}, this version reads {WATCH_LIST_SCHEMA_VERSION}")
         entries = document["read_outs"]
         weights = file.with_name("read_outs.safetensors")
-        tensors = load_file(weights) if entries else {}
+        tensors = load(weights.read_bytes()) if entries else {}
         expected = [len(entries), document["d_model"]]
         for name in ("weight", "direction") if entries else ():
             found = list(tensors[name].shape) if name in tensors else None
             if found != expected:
-                raise ValueError(f"{weights}: {name} has shape {found}, {file.name} expects {expected}")
+                raise ValueError(f"{weights.name}: {name} has shape {found}, expected {expected}")
             if not torch.isfinite(tensors[name]).all():
-                raise ValueError(f"{weights}: {name} holds values that are not finite")
+                raise ValueError(f"{weights.name}: {name} holds values that are not finite")
         read_outs = [
             ReadOut(
                 weight=tensors["weight"][i].clone(),

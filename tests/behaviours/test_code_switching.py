@@ -206,3 +206,16 @@ def test_long_text_is_linear_enough() -> None:
     text = (ENGLISH + "我们走吧 (привет) `код` ") * 1000
     result = detect_code_switching(text, "en", prompt=text)
     assert result.detail["ignored"]["quoted"] == 6000
+
+
+def test_long_runs_without_a_space_take_linear_time() -> None:
+    import time
+
+    def seconds(length: int) -> float:
+        begun = time.perf_counter()
+        for run in ("a", "哈"):
+            detect_code_switching(run * length, expected="en")
+        return time.perf_counter() - begun
+
+    seconds(1000)
+    assert seconds(80_000) < 40 * max(seconds(8_000), 0.005)  # quadratic would be a hundred times

@@ -243,6 +243,19 @@ def test_checkpoints_carry_the_monitor_and_resume(tokenizer, watch, tmp_path: Pa
     assert (tmp_path / "checkpoint-8" / STATE_FILE).is_file()
 
 
+def test_a_second_callback_on_one_run_is_refused(model, tokenizer, watch, tmp_path: Path) -> None:
+    made = trainer(model, tokenizer, tmp_path, [QScopeCallback(None, watch), QScopeCallback(None, watch)])
+    with pytest.raises(ValueError, match="make one with both watch lists"):
+        made.train()
+
+
+def test_prompts_without_a_tokenizer_are_refused_before_training(model, tokenizer, watch, tmp_path: Path) -> None:
+    made = trainer(model, tokenizer, tmp_path, [QScopeCallback(None, watch, prompts=["How?"])])
+    made.callback_handler.processing_class = None
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        made.train()
+
+
 def test_a_failing_sink_is_reported_once_and_training_goes_on(model, tokenizer, watch, tmp_path: Path, caplog) -> None:
     callback = QScopeCallback(None, watch, every_n_steps=1)
     made = trainer(model, tokenizer, tmp_path / "run", [callback], max_steps=3)
@@ -259,7 +272,16 @@ def test_a_failing_sink_is_reported_once_and_training_goes_on(model, tokenizer, 
         ({"watch": None}, ValueError, "nothing to watch"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps"),
         ({"max_overhead": -0.1}, ValueError, "max_overhead"),
-        ({"prompts": "How?"}, TypeError, "single string"),
+        ({"prompts": "How?"}, TypeError, "got a str"),
+        ({"prompts": []}, ValueError, "empty"),
+        ({"prompts": [{"role": "user", "content": "How?"}]}, TypeError, r"prompts\[0\]"),
+        ({"watch": "folder"}, TypeError, "WatchList"),
+        ({"saes": "repo/id"}, TypeError, "load_saes"),
+        ({"stop_on": "behavior"}, ValueError, "'behavior'"),
+        ({"exceedance_rate": 5}, ValueError, "exceedance_rate"),
+        ({"rollouts": {"per_window": 3}}, TypeError, "RolloutSettings"),
+        ({"on_alert": "print"}, TypeError, "on_alert"),
+        ({"every_n_steps": 1.5}, ValueError, "1.5"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict, error: type, message: str, watch) -> None:

@@ -106,7 +106,8 @@ def test_auroc_is_the_mann_whitney_statistic() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "xx"}, "'xx' is not among the languages"),
+        ({"target": "xx"}, "unknown language 'xx'"),
+        ({"target": "ja"}, "'ja' is not among the languages"),
         ({"texts": {"zh": ["一二三四"] * 4}}, "at least one language beside"),
         ({"texts": {"zh": ["一"], "en": ["a b c"] * 4}}, "at least 4 texts"),
         ({"texts": {"zh": "一二三四五", "en": ["a b c"] * 4}}, "list of at least 4"),

@@ -75,6 +75,14 @@ def test_unreadable_folders_say_what_was_found(watch: WatchList, tmp_path: Path)
     file.write_text(json.dumps({**document, "schema_version": 7}))
     with pytest.raises(ValueError, match="schema_version 7"):
         WatchList.load(tmp_path)
+    broken = {**document["read_outs"][0], "threshold": float("nan")}
+    file.write_text(json.dumps({**document, "read_outs": [broken, *document["read_outs"][1:]]}))
+    with pytest.raises(ValueError, match=r"watch_list\.json: L3/F7: threshold must be a finite number, got nan"):
+        WatchList.load(tmp_path)
+    for junk in ("[]", "{", "{}"):
+        file.write_text(junk)
+        with pytest.raises(ValueError, match=r"watch_list\.json: "):
+            WatchList.load(tmp_path)
     file.write_text(json.dumps({**document, "d_model": 64}))
     with pytest.raises(ValueError, match=r"\[4, 192\].*\[4, 64\]"):
         WatchList.load(tmp_path)

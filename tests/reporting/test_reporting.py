@@ -30,6 +30,31 @@ def test_json_lines_come_back_as_alerts(alert: Alert, tmp_path: Path) -> None:
     assert scalars == [{"step": 9, "sae/x": 1.5}, {"step": 3, "sae/x": 2.5}]
 
 
+def test_a_new_run_moves_an_old_runs_records_aside(alert: Alert, tmp_path: Path) -> None:
+    JsonLinesSink(tmp_path).write(3, {}, [alert], [])
+    JsonLinesSink(tmp_path).write(1, {}, [], [])
+    assert read_alerts(tmp_path) == []
+    assert (tmp_path / "alerts.previous.jsonl").read_text().count("\n") == 1
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(alert: Alert, tmp_path: Path) -> None:
+    sink = JsonLinesSink(tmp_path)
+    for step in (2, 4, 6):
+        sink.write(step, {"sae/x": float(step)}, [replace(alert, step=step)], [])
+    JsonLinesSink(tmp_path, resumed_at=4).write(6, {"sae/x": 60.0}, [replace(alert, step=6)], [])
+    assert [a.step for a in read_alerts(tmp_path)] == [2, 4, 6]
+    scalars = [json.loads(line)["sae/x"] for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert scalars == [2.0, 4.0, 60.0]
+
+
+def test_unusual_line_separators_and_an_unfinished_line_do_no_harm(alert: Alert, tmp_path: Path) -> None:
+    odd = replace(alert, message="a\u2028b\u0085c")
+    JsonLinesSink(tmp_path).write(3, {}, [odd], [])
+    with (tmp_path / "alerts.jsonl").open("a") as file:
+        file.write('{"kind": "beha')
+    assert read_alerts(tmp_path) == [odd]
+
+
 def test_reading_alerts_names_the_broken_line(alert: Alert, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no alerts\.jsonl"):
         read_alerts(tmp_path)
