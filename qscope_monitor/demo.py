@@ -188,6 +188,7 @@ def _fine_tune(
     try:
         from datasets import Dataset
         from datasets.utils.logging import disable_progress_bar
+        from transformers import PrinterCallback, ProgressCallback
         from transformers.integrations import TensorBoardCallback
         from trl import SFTConfig, SFTTrainer
 
@@ -226,12 +227,26 @@ def _fine_tune(
         rollouts=RolloutSettings(per_window=96, calibration=512, max_new_tokens=64, batch_size=128, seed=seed),
     )
     trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)  # the losses are in TensorBoard; standard output may carry JSON
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(_quiet_bar(ProgressCallback))
     trainer.add_callback(TensorBoardCallback(make_writer(folder)))
     callback.attach(trainer)
     history: list[dict[str, float]] = []
     trainer.add_callback(_history_callback(callback, history))
     trainer.train()
     return callback, history
+
+
+def _quiet_bar(base: type) -> Any:
+    class QuietBar(base):  # type: ignore[misc]
+        """The progress bar without a line for each log."""
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing."""
+
+    return QuietBar()
 
 
 def _history_callback(callback: Any, history: list[dict[str, float]]) -> Any:
