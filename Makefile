@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Keep freed memory in the process: on virtual machines page faults cost a third of the time of a small training step.
+# Keep freed memory in the process: on virtual machines page faults are costly for small training steps.
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
